@@ -1,0 +1,1 @@
+"""Base algorithms as three choices: transition, plan, objective; and the advantages."""

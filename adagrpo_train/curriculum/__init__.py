@@ -1,0 +1,1 @@
+"""Which prompts to train on."""

@@ -1,0 +1,25 @@
+"""Errors a user can act on: each message names what is wrong and the remedy."""
+
+
+class AdaGRPOError(Exception):
+    """Base of every error that the command line reports without a traceback."""
+
+
+class ConfigError(AdaGRPOError):
+    """A setting is unknown, missing or inconsistent; raised before any work is done."""
+
+
+class PromptError(AdaGRPOError):
+    """The prompt file cannot be used."""
+
+
+class RewardError(AdaGRPOError):
+    """A reward is missing, not finite or of the wrong shape. A failed reward never becomes a number."""
+
+
+class TrainingError(AdaGRPOError):
+    """Training produced a value that must not reach the weights, such as a non-finite loss."""
+
+
+class CheckpointError(AdaGRPOError):
+    """A checkpoint is absent, damaged or belongs to another configuration."""

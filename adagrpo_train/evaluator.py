@@ -1,0 +1,124 @@
+"""Fixed held-out prompts, fixed noise, noise-free sampling: the yardstick of a run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adagrpo_train.errors import ConfigError
+from adagrpo_train.rollout.sampler import FlowSampler
+from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.runtime.noise import INITIAL, NoiseKey, keyed_noise
+from adagrpo_train.runtime.policy import Policy
+from adagrpo_train.scoring.weighted import WeightedScorer
+from adagrpo_train.types import Prompts
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of the fixed images, in their fixed order, and the first few of the images."""
+
+    prompts: Prompts
+    scores: dict[str, Tensor]  # each [N]; "total" and every part
+    grid: np.ndarray  # uint8 [g, H, W, 3], those of the first g prompts
+
+    def metrics(self) -> dict[str, float]:
+        """`eval/<part>` for each part, and `eval/<class>/<part>` where the prompts have classes."""
+        metrics = {f"eval/{name}": float(values.mean()) for name, values in self.scores.items()}
+        for label in sorted(set(self.prompts.classes) - {""}):
+            rows = torch.tensor([own == label for own in self.prompts.classes])
+            for name, values in self.scores.items():
+                metrics[f"eval/{label}/{name}"] = float(values[rows].mean())
+        return metrics
+
+    def save(self, path: Path) -> None:
+        """Write one JSON object per image, so that two evaluations can be compared in pairs."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        columns = {name: values.tolist() for name, values in self.scores.items()}
+        rows = [
+            {"prompt": text, "class": label} | {name: values[i] for name, values in columns.items()}
+            for i, (text, label) in enumerate(zip(self.prompts.texts, self.prompts.classes, strict=True))
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+class Evaluator:
+    """Renders and scores the same images every time it is asked.
+
+    Args:
+        prompts: held-out prompts; images cycle through their classes, and through the prompts of each class.
+        images: number of images, over all ranks.
+        grid_images: how many of them are kept to look at.
+        batch: images per network call.
+        seed: of the initial noise; apart from the run's seed, so that runs are compared on the same noise.
+        latent_shape: shape of one latent.
+    """
+
+    def __init__(
+        self,
+        *,
+        prompts: Prompts,
+        images: int,
+        grid_images: int,
+        batch: int,
+        seed: int,
+        latent_shape: tuple[int, ...],
+        sampler: FlowSampler,
+        scorer: WeightedScorer,
+        engine: Engine,
+    ) -> None:
+        if images < 1 or grid_images < 1 or batch < 1:
+            raise ConfigError("evaluation.images, evaluation.grid_images and evaluation.batch must be >= 1")
+        self._prompts = prompts[_spread(prompts.classes, images)]
+        self._batch, self._grid_images = batch, min(grid_images, images)
+        self._sampler, self._scorer, self._engine = sampler, scorer, engine
+        keys = [NoiseKey(seed, 0, prompt_id, number, INITIAL) for number, prompt_id in enumerate(self._prompts.ids)]
+        self._noise = keyed_noise(keys, latent_shape)
+
+    def evaluate(self, policy: Policy) -> Evaluation:
+        """Score the fixed images with the averaged weights; every rank returns the whole evaluation."""
+        world, total = self._engine.world_size, len(self._prompts)
+        share = -(-total // world)
+        # Ranks hold equally many rows; the last rank repeats the last row and the surplus is cut off below.
+        rows = [min(row, total - 1) for row in range(self._engine.rank * share, (self._engine.rank + 1) * share)]
+        with policy.average.applied():
+            images = np.concatenate(
+                [self._render(policy, rows[start : start + self._batch]) for start in range(0, share, self._batch)]
+            )
+        scores = self._scorer.score(images, list(self._prompts[rows].texts))
+        columns = {"total": scores.total} | scores.parts
+        gathered = {name: self._engine.gather(values)[:total] for name, values in columns.items()}
+        pixels = self._engine.gather(torch.from_numpy(images)).numpy()
+        return Evaluation(self._prompts, gathered, pixels[: self._grid_images])
+
+    @torch.no_grad()
+    def _render(self, policy: Policy, rows: list[int]) -> np.ndarray:
+        conditions = policy.encode(list(self._prompts[rows].texts))
+        return policy.decode(self._sampler.render(policy.velocity, conditions, self._noise[rows]))
+
+
+def paired_gain(before: list[float], after: list[float]) -> tuple[float, float]:
+    """Mean of after - before over the same images, and the standard error of that mean."""
+    difference = np.asarray(after) - np.asarray(before)
+    if len(difference) < 2:
+        return float(difference.mean()), float("nan")
+    return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5)
+
+
+def read_scores(path: Path) -> dict[str, list[float]]:
+    """Columns of numbers of a file written by Evaluation.save."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    names = [name for name, value in rows[0].items() if isinstance(value, float | int)]
+    return {name: [float(row[name]) for row in rows] for name in names}
+
+
+def _spread(classes: tuple[str, ...], images: int) -> list[int]:
+    """Rows of prompts for each image: classes in turn, and inside a class its prompts in turn."""
+    by_class: dict[str, list[int]] = {}
+    for row, label in enumerate(classes):
+        by_class.setdefault(label, []).append(row)
+    groups = list(by_class.values())
+    return [groups[i % len(groups)][i // len(groups) % len(groups[i % len(groups)])] for i in range(images)]

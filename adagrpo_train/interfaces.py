@@ -1,0 +1,106 @@
+"""The seams of the framework: one Protocol per swappable part, in the order data flows."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from adagrpo_train.types import (
+    Conditions,
+    Gaussian,
+    Level,
+    Loss,
+    Prompts,
+    RunInfo,
+    SelectedPrompt,
+    Selection,
+    StepPlan,
+    Transitions,
+)
+
+Velocity = Callable[[Tensor, Tensor, Conditions], Tensor]
+"""(x [R, *latent], sigma [R], conditions with R rows) -> velocity [R, *latent]."""
+
+
+class PromptSource(Protocol):
+    """An endless, resumable stream of prompts, the same on every rank."""
+
+    def next(self, count: int) -> Prompts: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Curriculum(Protocol):
+    """Chooses the prompts to train on and tracks how good the policy already is."""
+
+    candidates: int
+    """Prompts drawn per iteration, over all ranks."""
+    chosen: int
+    """Prompts trained on per iteration, over all ranks."""
+    scores_candidates: bool
+    """Whether select() needs one reward per candidate."""
+    per_rank: bool
+    """True: every rank selects among its own candidates against its own level."""
+
+    def select(self, rewards: Tensor | None, count: int) -> Selection: ...
+    def observe(self, rewards: Tensor) -> Level: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Transition(Protocol):
+    """One stochastic sampling step, as a distribution and as a density."""
+
+    def step(self, x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: float) -> Gaussian: ...
+    def log_prob(self, x_next: Tensor, step: Gaussian) -> Tensor: ...
+
+
+class Plan(Protocol):
+    """Which sampling steps are stochastic, and how the samples of a group relate."""
+
+    branches: bool
+    """True: each trained step opens its own group from a shared noise-free trunk."""
+    shared_noise: bool
+    """True: all samples of a group start from the same initial noise."""
+
+    def steps(self, iteration: int, num_steps: int, seed: int) -> StepPlan: ...
+
+
+class Reward(Protocol):
+    """Scores images against prompts. Lives in the `rewards` package, free of torch and of the trainer."""
+
+    def score(self, images: np.ndarray, prompts: list[str]) -> dict[str, list[float]]: ...
+
+
+class Advantage(Protocol):
+    """Rewards [N] and groups [N] of all ranks -> advantage [N]; local() is the part against the group alone."""
+
+    def __call__(self, rewards: Tensor, group: Tensor, level: Level | None) -> Tensor: ...
+    def local(self, rewards: Tensor, group: Tensor) -> Tensor: ...
+
+
+class Policy(Protocol):
+    """The network that is trained, as a velocity field."""
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor: ...
+    def reference_velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor: ...
+
+
+class Objective(Protocol):
+    """The loss of one network batch of transitions."""
+
+    def loss(
+        self, policy: Policy, batch: Transitions, conditions: Conditions, advantages: Tensor, sigma_max: float
+    ) -> Loss: ...
+
+
+class Tracker(Protocol):
+    """Writes what happened; computes nothing. Only the main rank has one."""
+
+    def start(self, run: RunInfo) -> None: ...
+    def log(self, metrics: dict[str, float], iteration: int) -> None: ...
+    def log_images(self, name: str, images: np.ndarray, captions: list[str], iteration: int) -> None: ...
+    def log_prompts(self, rows: list[SelectedPrompt], iteration: int) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def finish(self, status: str) -> None: ...

@@ -1,0 +1,1 @@
+"""Flow models behind one seam."""

@@ -1,0 +1,1 @@
+"""From noise to images, with a record of the stochastic steps."""

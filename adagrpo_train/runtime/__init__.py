@@ -1,0 +1,1 @@
+"""Engine, policy, checkpoints and noise: what a run stands on."""

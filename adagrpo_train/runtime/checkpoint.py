@@ -1,0 +1,203 @@
+"""Save and load everything that has state; atomic to write, checked when read."""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adagrpo_train.errors import CheckpointError
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run between two iterations.
+
+    Attributes:
+        iteration: the next iteration to run.
+        tensors: named weight sets, such as "trainable" and "average".
+        optimizer: optimizer.state_dict().
+        state: JSON state of the parts: prompts, tracker and the like.
+        per_rank: JSON state that differs between ranks, one entry per rank.
+        config: resolved configuration of the run.
+    """
+
+    iteration: int
+    tensors: dict[str, dict[str, Tensor]]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+    per_rank: list[dict[str, Any]]
+    config: dict[str, Any]
+
+
+class Checkpoints:
+    """Checkpoints of one run: `<folder>/iteration_000040`, the newest `keep` of them.
+
+    A checkpoint is written beside its place, flushed to disk, and renamed; its manifest holds the size and
+    SHA-256 of each file, so one that was cut short or altered is recognised.
+    """
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+
+    def save(self, snapshot: Snapshot) -> Path:
+        """Write a checkpoint and drop the oldest ones beyond `keep`."""
+        target = self._folder / f"iteration_{snapshot.iteration:06d}"
+        draft = self._folder / f".draft_{target.name}"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        for name, tensors in snapshot.tensors.items():
+            if tensors:
+                save_file(
+                    {key: value.detach().contiguous() for key, value in tensors.items()}, draft / f"{name}.safetensors"
+                )
+        torch.save(snapshot.optimizer, draft / "optimizer.pt")
+        state = {"iteration": snapshot.iteration, "state": snapshot.state, "per_rank": snapshot.per_rank}
+        (draft / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        (draft / "config.json").write_text(json.dumps(snapshot.config), encoding="utf-8")
+        files = {path.name: _fingerprint(path) for path in sorted(draft.iterdir())}
+        (draft / _MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1), encoding="utf-8")
+        for path in (*draft.iterdir(), draft):
+            _flush(path)
+        shutil.rmtree(target, ignore_errors=True)
+        draft.rename(target)
+        _flush(self._folder)
+        for old in sorted(self._folder.glob("iteration_*"))[: -self._keep]:
+            shutil.rmtree(old)
+        return target
+
+
+def find(path: Path) -> Path:
+    """The newest intact checkpoint of a run folder, a checkpoints folder or a checkpoint.
+
+    A damaged one is passed over with a warning that names it.
+
+    Raises:
+        CheckpointError: nothing is there, or nothing intact.
+    """
+    if not path.exists():
+        raise CheckpointError(f"resume={path}: no such folder; give a run folder or one of its checkpoints")
+    if (path / _MANIFEST).is_file() or path.name.startswith("iteration_"):
+        fault = fault_of(path)
+        if fault:
+            raise CheckpointError(f"resume={path}: {fault}; give the run folder to use the newest intact checkpoint")
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    for candidate in sorted(folder.glob("iteration_*"), reverse=True):
+        fault = fault_of(candidate)
+        if not fault:
+            return candidate
+        _log.warning("checkpoint %s is damaged (%s); using the one before", candidate, fault)
+    raise CheckpointError(f"resume={path}: no intact checkpoint in {folder}")
+
+
+def fault_of(path: Path) -> str:
+    """What is wrong with a checkpoint, "" if it is intact."""
+    manifest = path / _MANIFEST
+    if not manifest.is_file():
+        return "manifest.json is missing, so writing it was cut short"
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        expected = content["files"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        return "manifest.json cannot be read"
+    if content.get("format") != _FORMAT:
+        return f"format {content.get('format')} is not {_FORMAT}"
+    for name, fingerprint in expected.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _fingerprint(path / name) != fingerprint:
+            return f"{name} is not what was written"
+    return ""
+
+
+def load(path: Path) -> Snapshot:
+    """Read an intact checkpoint. Nothing is unpickled beyond plain tensors and containers."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return Snapshot(
+        iteration=state["iteration"],
+        tensors={file.stem: load_file(file) for file in path.glob("*.safetensors")},
+        optimizer=torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"),
+        state=state["state"],
+        per_rank=state["per_rank"],
+        config=json.loads((path / "config.json").read_text(encoding="utf-8")),
+    )
+
+
+def check_compatible(saved: dict[str, Any], present: dict[str, Any], *, free: tuple[str, ...]) -> None:
+    """Refuse to continue a run under settings that would silently change it.
+
+    Args:
+        saved, present: resolved configurations.
+        free: dotted keys (with all below them) that may differ.
+
+    Raises:
+        CheckpointError: names every key that differs, with both values.
+    """
+    old, new = _flatten(saved), _flatten(present)
+    differing = [
+        f"{key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(key == f or key.startswith(f + ".") for f in free)
+    ]
+    if differing:
+        raise CheckpointError(
+            "the checkpoint was made with another configuration:\n  "
+            + "\n  ".join(differing)
+            + "\nresume with the saved values, or start a new run"
+        )
+
+
+def random_state() -> dict[str, Any]:
+    """State of the global generators of python, numpy and torch, as JSON."""
+    version, keys, *rest = random.getstate()
+    numpy_state: Any = np.random.get_state()
+    return {
+        "python": [version, list(keys), *rest],
+        "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+        "torch": torch.get_rng_state().tolist(),
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Undo random_state()."""
+    version, keys, rest = state["python"]
+    random.setstate((version, tuple(keys), rest))
+    name, keys, *others = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *others))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, child in value.items():
+        flat |= _flatten(child, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

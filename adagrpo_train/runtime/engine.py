@@ -1,0 +1,91 @@
+"""Processes and devices, through accelerate: who I am, how tensors meet, how gradients flow."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+
+from adagrpo_train.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Engine:
+    """One process of a run.
+
+    Args:
+        kind: "single" refuses more than one process, "ddp" takes any number (one included).
+        device: "auto" or "cpu".
+
+    Raises:
+        ConfigError: the setting does not fit how the run was launched.
+    """
+
+    def __init__(self, *, kind: str, device: str) -> None:
+        if kind not in ("single", "ddp"):
+            raise ConfigError(f"engine.kind={kind}: choose single or ddp")
+        if device not in ("auto", "cpu"):
+            raise ConfigError(f"engine.device={device}: choose auto or cpu")
+        # The position embedding is a constant buffer; broadcasting it in every forward would only cost time.
+        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+        self._accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=handlers)
+        if kind == "single" and self.world_size > 1:
+            raise ConfigError(f"engine=single, but {self.world_size} processes were launched; use engine=ddp")
+
+    @property
+    def device(self) -> torch.device:
+        return self._accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self._accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self._accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self._accelerator.is_main_process
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """The module to call in training and sampling; wrapped when there are several processes."""
+        return self._accelerator.prepare(module)
+
+    @contextmanager
+    def micro_step(self, module: nn.Module, *, last: bool) -> Iterator[None]:
+        """Forward and backward of one micro-batch; ranks average their gradients in that of the last one."""
+        with nullcontext() if last or self.world_size == 1 else self._accelerator.no_sync(module):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss []."""
+        self._accelerator.backward(loss)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Rows of all ranks [world * N, ...], rank by rank; every rank holds equally many."""
+        if self.world_size == 1:
+            return tensor
+        return self._accelerator.gather(tensor.contiguous().to(self.device)).to(tensor.device)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Values of all ranks, rank by rank."""
+        return gather_object([value])
+
+    def broadcast(self, value: T) -> T:
+        """The main rank's value."""
+        if self.world_size == 1:
+            return value
+        box: list[Any] = [value]
+        broadcast_object_list(box)
+        return box[0]
+
+    def wait(self) -> None:
+        self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        self._accelerator.end_training()

@@ -1,0 +1,97 @@
+"""What of a network is trained, and what its frozen reference is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from adagrpo_train.errors import ConfigError
+from adagrpo_train.runtime.weights import swapped
+
+
+class ExportableModel(Protocol):
+    """What exporting and attaching adapters asks of a flow model."""
+
+    @property
+    def transformer(self) -> nn.Module: ...
+    def lora_targets(self, scope: str) -> list[str]: ...
+    def export_lora(self, folder: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None: ...
+    def export_full(self, folder: Path) -> None: ...
+
+
+class LoRA:
+    """Low-rank adapters through peft (arXiv:2106.09685); the reference is the network with adapters off.
+
+    Args:
+        rank: of each adapter.
+        alpha: adapters are scaled by alpha / rank.
+        targets: "attention", or "all" for attention and feed-forward layers.
+    """
+
+    def __init__(self, *, rank: int, alpha: float, targets: str) -> None:
+        if rank < 1:
+            raise ConfigError(f"trainable.rank={rank}: must be >= 1")
+        self._rank, self._alpha, self._targets = rank, alpha, targets
+
+    def attach(self, model: ExportableModel, *, seed: int, reference: bool) -> None:
+        """Add adapters with seeded Gaussian A and zero B: the policy starts as the reference."""
+        import torch
+        from peft import LoraConfig
+
+        network: Any = model.transformer
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network.add_adapter(
+                LoraConfig(
+                    r=self._rank,
+                    lora_alpha=self._alpha,
+                    init_lora_weights="gaussian",
+                    target_modules=model.lora_targets(self._targets),
+                )
+            )
+        network.eval()
+        self._model = model
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the network is the frozen reference."""
+        network: Any = self._model.transformer
+        network.disable_adapters()
+        try:
+            yield
+        finally:
+            network.enable_adapters()
+
+    def export(self, folder: Path) -> None:
+        """Write the adapters so that stock diffusers loads them."""
+        from peft.utils import get_peft_model_state_dict
+
+        network: Any = self._model.transformer
+        metadata = network.peft_config["default"].to_dict()
+        self._model.export_lora(folder, get_peft_model_state_dict(network), metadata)
+
+
+@dataclass
+class Full:
+    """Every weight of the network; the reference is a copy made before training, kept only when it is needed."""
+
+    def attach(self, model: ExportableModel, *, seed: int, reference: bool) -> None:
+        model.transformer.requires_grad_(True)
+        self._model = model
+        self._parameters = list(model.transformer.parameters())
+        self._reference = [p.detach().clone() for p in self._parameters] if reference else []
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the network is the frozen reference."""
+        if not self._reference:
+            raise RuntimeError("attach(reference=False) keeps no reference")
+        with swapped(self._parameters, self._reference):
+            yield
+
+    def export(self, folder: Path) -> None:
+        """Write the whole pipeline so that stock diffusers loads it."""
+        self._model.export_full(folder)

@@ -1,0 +1,198 @@
+"""From the command line to a checked configuration: every mistake is named before any work is done."""
+
+import difflib
+import inspect
+import pkgutil
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from adagrpo_train.errors import ConfigError
+
+_PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A resolved configuration.
+
+    Attributes:
+        values: plain containers, without Hydra's own section.
+        run_dir: folder of the run.
+        run_dir_given: whether the command line named it.
+        choices: group -> chosen option.
+    """
+
+    values: dict[str, Any]
+    run_dir: Path
+    run_dir_given: bool
+    choices: dict[str, str]
+
+
+def config_dir() -> Path:
+    """The folder `configs`: beside the package in a checkout, inside it when installed from a wheel."""
+    for candidate in (_PACKAGE.parent / "configs", _PACKAGE / "configs"):
+        if (candidate / "train.yaml").is_file():
+            return candidate
+    raise ConfigError(f"no configs/train.yaml beside or inside {_PACKAGE}; reinstall adagrpo-train")
+
+
+def read_settings(overrides: list[str]) -> Settings:
+    """Compose `configs/train.yaml` with command-line overrides and check every key, value type and target.
+
+    Raises:
+        ConfigError: an unknown or misspelt key, group option or constructor argument (with the nearest known
+            name), a value of the wrong type, or an override that cannot be parsed.
+    """
+    OmegaConf.register_new_resolver("asset", _asset, replace=True)
+    defaults = _defaults()
+    known_groups = sorted(key for key in defaults.hydra.runtime.choices if not key.startswith("hydra/"))
+    composed = _compose(overrides, known=_leaves(defaults), groups=known_groups)
+    resolved = _plain(composed, resolve=True)
+    plain = _plain(_compose(_group_overrides(overrides, known_groups)), resolve=False)
+    _check_keys(resolved, {key for key in defaults if key != "hydra"})
+    _check_values(resolved, plain)
+    _check_targets(resolved)
+    choices = {group: str(composed.hydra.runtime.choices[group]) for group in known_groups}
+    given = any(override.lstrip("+").startswith("hydra.run.dir=") for override in overrides)
+    return Settings(resolved, Path(composed.hydra.run.dir), given, choices)
+
+
+def group_options() -> dict[str, list[str]]:
+    """Config groups and their options, for --help."""
+    folder = config_dir()
+    groups = sorted(path for path in folder.iterdir() if path.is_dir())
+    return {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in groups}
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """A "did you mean" clause, "" when nothing is near."""
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+@cache
+def _defaults() -> DictConfig:
+    return _compose([])
+
+
+def _compose(overrides: list[str], *, known: list[str] | None = None, groups: list[str] | None = None) -> DictConfig:
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
+            return hydra.compose("train", overrides=overrides, return_hydra_config=True)
+    except HydraException as error:
+        raise ConfigError(_explain(error, known or [], groups or [])) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error)) from error
+
+
+def _plain(config: DictConfig, *, resolve: bool) -> dict[str, Any]:
+    """Containers without Hydra's own section, parts of which exist only inside its launcher."""
+    try:
+        own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        container: Any = OmegaConf.to_container(own, resolve=resolve)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error)) from error
+    return container
+
+
+def _explain(error: HydraException, known: list[str], groups: list[str]) -> str:
+    """Hydra's message, with the nearest known name in front of it."""
+    text = str(error) if error.__cause__ is None else f"{error}\n{error.__cause__}"
+    missing = re.search(r"Could not override '([^']+)'", text)
+    if missing:
+        key = missing.group(1)
+        return f"unknown key {key!r}{nearest(key, known + groups)}"
+    option = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+    if option:
+        group, name = option.groups()
+        options = group_options().get(group, [])
+        return f"{group}={name}: no such option{nearest(name, options)}; choose one of {', '.join(options)}"
+    return text
+
+
+def _group_overrides(overrides: list[str], groups: list[str]) -> list[str]:
+    parser = OverridesParser.create()
+    return [text for text in overrides if parser.parse_override(text).key_or_group in groups]
+
+
+def _leaves(config: DictConfig) -> list[str]:
+    """Every dotted key of a configuration, sections included."""
+    keys = ["hydra.run.dir"]
+
+    def walk(value: Any, prefix: str) -> None:
+        for key, child in value.items() if isinstance(value, dict) else ():
+            keys.append(f"{prefix}{key}")
+            walk(child, f"{prefix}{key}.")
+
+    walk(_plain(config, resolve=False), "")
+    return keys
+
+
+def _check_keys(values: dict[str, Any], known: set[str]) -> None:
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r}{nearest(key, sorted(known))}")
+
+
+def _check_values(values: Any, plain: Any, prefix: str = "") -> None:
+    """Compare with the same groups without overrides: keys added by `+key=` and values of another type."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in plain:
+            raise ConfigError(f"unknown key {name!r}{nearest(name, [f'{prefix}{known}' for known in plain])}")
+        default = plain[key]
+        if isinstance(default, dict) and isinstance(value, dict):
+            if name != "reward.weights":
+                _check_values(value, default, f"{name}.")
+        elif not _fits(value, default):
+            raise ConfigError(f"{name}={value}: expected {_kind(default)}, as in the default {default}")
+
+
+def _fits(value: Any, default: Any) -> bool:
+    if default is None or value is None or (isinstance(default, str) and default.startswith("${")):
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    return isinstance(value, type(default))
+
+
+def _kind(default: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    return names.get(type(default), type(default).__name__)
+
+
+def _check_targets(values: Any, prefix: str = "") -> None:
+    """Bind every section with a `_target_` to the signature of that class."""
+    if not isinstance(values, dict):
+        return
+    if "_target_" in values:
+        where = prefix.rstrip(".")
+        try:
+            target = pkgutil.resolve_name(values["_target_"])
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"{where}._target_={values['_target_']}: cannot be imported ({error})") from error
+        arguments = list(inspect.signature(target).parameters)
+        for key in values:
+            if not key.startswith("_") and key not in arguments:
+                raise ConfigError(f"unknown key '{prefix}{key}'{nearest(key, arguments)}")
+    for key, child in values.items():
+        _check_targets(child, f"{prefix}{key}.")
+
+
+def _asset(name: str) -> str:
+    """Absolute path of a file or folder shipped with the package."""
+    return str(_PACKAGE / "assets" / name)

@@ -1,0 +1,337 @@
+"""The training loop, top-down: prompts -> curriculum -> rollout -> rewards -> advantages -> update."""
+
+import logging
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adagrpo_train.errors import ConfigError, TrainingError
+from adagrpo_train.evaluator import Evaluator
+from adagrpo_train.interfaces import Advantage, Curriculum, Objective, PromptSource, Tracker
+from adagrpo_train.rollout.sampler import FlowSampler
+from adagrpo_train.runtime.checkpoint import Checkpoints, Snapshot, random_state, restore_random_state
+from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.runtime.policy import Policy
+from adagrpo_train.runtime.stopping import StopRequest
+from adagrpo_train.runtime.timing import StageTimer, peak_memory_bytes
+from adagrpo_train.scoring.weighted import WeightedScorer
+from adagrpo_train.types import Conditions, Prompts, Rollout, Scores, SelectedPrompt, Selection, Transitions, Trunks
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long to train, how often to update, evaluate and save. Counts are over all ranks unless they say so.
+
+    Attributes:
+        iterations: of the whole run; a resumed run ends there too.
+        inner_epochs: passes over the transitions of one iteration.
+        updates_per_iteration: optimizer steps per iteration, spread evenly over the inner epochs.
+        max_grad_norm: gradients are scaled down to this norm.
+        evaluate_every: iterations between evaluations; 0 evaluates before and after training only.
+        save_every: iterations between checkpoints; 0 saves at the end only.
+        seed: of the order in which transitions are visited.
+    """
+
+    iterations: int
+    inner_epochs: int
+    updates_per_iteration: int
+    max_grad_norm: float
+    evaluate_every: int
+    save_every: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "inner_epochs", "updates_per_iteration"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be >= 1")
+        for name in ("evaluate_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be >= 0")
+        if not self.max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm={self.max_grad_norm}: must be > 0")
+        if self.updates_per_iteration % self.inner_epochs:
+            raise ConfigError(
+                f"updates_per_iteration={self.updates_per_iteration} must be a multiple of "
+                f"inner_epochs={self.inner_epochs}: every epoch makes the same number of optimizer steps"
+            )
+
+
+class Trainer:
+    """Runs the loop; every choice of method sits in the parts it is given."""
+
+    def __init__(
+        self,
+        *,
+        prompts: PromptSource,
+        curriculum: Curriculum,
+        sampler: FlowSampler,
+        scorer: WeightedScorer,
+        advantage: Advantage,
+        objective: Objective,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        evaluator: Evaluator,
+        checkpoints: Checkpoints,
+        engine: Engine,
+        schedule: Schedule,
+        run_dir: Path,
+        config: dict[str, Any],
+    ) -> None:
+        self._prompts, self._curriculum, self._sampler, self._scorer = prompts, curriculum, sampler, scorer
+        self._advantage, self._objective, self._policy, self._optimizer = advantage, objective, policy, optimizer
+        self._evaluator, self._checkpoints = evaluator, checkpoints
+        self._engine, self._schedule, self._run_dir, self._config = engine, schedule, run_dir, config
+        self._first, self._updates, self._saved_at = 0, 0, -1
+        self._timer = StageTimer()
+        self._tracker: Tracker | None = None
+        self._check_shares()
+
+    def train(self, tracker: Tracker | None) -> str:
+        """Run until the last iteration, or until asked to stop.
+
+        Args:
+            tracker: writes what happens; None on every rank but the main one.
+
+        Returns:
+            "completed" or "interrupted".
+        """
+        self._tracker = tracker
+        stop = StopRequest()
+        with stop.listening():
+            if self._first == 0:
+                self._evaluate(0)
+            for iteration in range(self._first, self._schedule.iterations):
+                metrics = self._train_once(iteration)
+                done = iteration + 1
+                if self._tracker:
+                    self._tracker.log(metrics, done)
+                if done == self._schedule.iterations or _due(done, self._schedule.evaluate_every):
+                    self._evaluate(done)
+                stopping = any(self._engine.gather_objects(stop.requested))
+                if stopping or done == self._schedule.iterations or _due(done, self._schedule.save_every):
+                    self._save(done)
+                if stopping and done < self._schedule.iterations:
+                    return "interrupted"
+        return "completed"
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue from a checkpoint as if the run had never stopped."""
+        self._policy.load_state_dict(snapshot.tensors)
+        self._optimizer.load_state_dict(snapshot.optimizer)
+        self._prompts.load_state_dict(snapshot.state["prompts"])
+        self._updates = snapshot.state["updates"]
+        own = snapshot.per_rank[self._engine.rank]
+        self._curriculum.load_state_dict(own["curriculum"])
+        restore_random_state(own["random"])
+        self._first = snapshot.iteration
+
+    def _train_once(self, iteration: int) -> dict[str, float]:
+        """One pass of the pipeline. Each line's output is the next line's input."""
+        with self._timer.stage("iteration"):
+            evaluated = self._policy.evaluations.copy()
+            candidates = self._prompts.next(self._curriculum.candidates)
+            with self._timer.stage("candidates"):
+                selection, rewards, prompts, trunks = self._choose(candidates, iteration)
+            with self._timer.stage("rollout"):
+                conditions = self._policy.encode(list(prompts.texts))
+                rollout = self._sampler.roll_out(self._policy.velocity, conditions, prompts, trunks, iteration)
+            scores = self._score(rollout.x0, [prompts.texts[row] for row in rollout.prompt.tolist()])
+            advantages, metrics = self._advantages(scores, rollout)
+            with self._timer.stage("update"):
+                metrics |= self._update(rollout.transitions, conditions, advantages, iteration)
+        metrics |= self._log_choice(candidates, selection, rewards, iteration)
+        spent = self._policy.evaluations - evaluated
+        metrics |= {f"nfe/{kind}": float(spent[kind]) for kind in ("sampling", "training", "reference")}
+        metrics |= self._timer.drain() | {"memory/peak_bytes": float(peak_memory_bytes())}
+        return metrics
+
+    def _choose(self, candidates: Prompts, iteration: int) -> tuple[Selection, Tensor | None, Prompts, Trunks | None]:
+        """Score the candidates if the curriculum asks for it, and take this rank's share of the chosen prompts.
+
+        Returns the selection (rows of the candidates of all ranks), the candidates' rewards [B], and this rank's
+        prompts with their trunks, which the branches of a branching plan start from.
+        """
+        engine, curriculum = self._engine, self._curriculum
+        if not curriculum.scores_candidates:
+            selection = curriculum.select(None, curriculum.chosen)
+            return selection, None, candidates[_share(list(selection.rows), engine)], None
+        own = candidates[_share(list(range(len(candidates))), engine)]
+        conditions = self._policy.encode(list(own.texts))
+        trunks = self._sampler.trunks(self._policy.velocity, conditions, own, iteration)
+        own_rewards = self._score(trunks.x0, list(own.texts)).total
+        rewards = engine.gather(own_rewards)
+        if curriculum.per_rank:
+            selection = curriculum.select(own_rewards, curriculum.chosen // engine.world_size)
+            rows = list(selection.rows)
+            offset = engine.rank * len(own)
+            everyone = [row for part in engine.gather_objects([r + offset for r in rows]) for row in part]
+            return Selection(tuple(everyone), selection.level), rewards, own[rows], trunks[rows]
+        selection = curriculum.select(rewards, curriculum.chosen)
+        rows = _share(list(selection.rows), engine)
+        everywhere = Trunks(engine.gather(trunks.x0), engine.gather(trunks.anchors))
+        return selection, rewards, candidates[rows], everywhere[rows]
+
+    def _score(self, x0: Tensor, texts: list[str]) -> Scores:
+        with self._timer.stage("decode"):
+            images = self._policy.decode(x0)
+        with self._timer.stage("reward"):
+            return self._scorer.score(images, texts)
+
+    def _advantages(self, scores: Scores, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
+        """Advantages [N] of this rank's samples, computed over the samples of all ranks."""
+        engine = self._engine
+        rewards = engine.gather(scores.total)
+        groups_here = int(rollout.group.max()) + 1
+        group = engine.gather(rollout.group + engine.rank * groups_here)
+        level = self._curriculum.observe(scores.total if self._curriculum.per_rank else rewards)
+        everyone = self._advantage(rewards, group, level)
+        local = self._advantage.local(rewards, group)
+        by_group = rewards.view(-1, self._sampler.group_size)
+        metrics = {
+            "reward/mean": float(rewards.mean()),
+            "reward/std": float(rewards.std()),
+            "reward/group_std_mean": float(by_group.std(dim=1).mean()),
+            "reward/zero_variance_fraction": float((by_group.amax(1) == by_group.amin(1)).float().mean()),
+            "curriculum/level": level.mean,
+            "curriculum/level_std": level.std,
+            "advantage/mean": float(everyone.mean()),
+            "advantage/abs_mean": float(everyone.abs().mean()),
+            "advantage/sign_flip_fraction": float((everyone * local < 0).float().mean()),
+        }
+        for name, values in scores.parts.items():
+            metrics[f"reward/{name}/mean"] = float(engine.gather(values).mean())
+        own = everyone[engine.rank * len(scores.total) :][: len(scores.total)]
+        return own, metrics
+
+    def _update(
+        self, batches: list[Transitions], conditions: Conditions, advantages: Tensor, iteration: int
+    ) -> dict[str, float]:
+        """Visit every transition once per inner epoch, in `updates_per_iteration` optimizer steps."""
+        records: defaultdict[str, list[float]] = defaultdict(list)
+        per_epoch = self._schedule.updates_per_iteration // self._schedule.inner_epochs
+        if len(batches) < per_epoch:
+            raise ConfigError(
+                f"updates_per_iteration={self._schedule.updates_per_iteration}: an inner epoch has only {len(batches)} "
+                f"batches on each process for {per_epoch} updates; lower micro_batch or updates_per_iteration"
+            )
+        for epoch in range(self._schedule.inner_epochs):
+            generator = torch.Generator().manual_seed(_order_seed(self._schedule.seed, iteration, epoch))
+            order = torch.randperm(len(batches), generator=generator)
+            for rows in torch.tensor_split(order, per_epoch):
+                self._optimizer_step([batches[row] for row in rows.tolist()], conditions, advantages, records)
+        metrics = {name: sum(values) / len(values) for name, values in records.items() if not name.endswith("_max")}
+        metrics |= {name.removesuffix("_max"): max(values) for name, values in records.items() if name.endswith("_max")}
+        return metrics | {
+            "policy/updates": float(self._schedule.updates_per_iteration),
+            "policy/lr": float(self._optimizer.param_groups[0]["lr"]),
+        }
+
+    def _optimizer_step(
+        self,
+        batches: list[Transitions],
+        conditions: Conditions,
+        advantages: Tensor,
+        records: defaultdict[str, list[float]],
+    ) -> None:
+        """One update with the mean loss over the transitions of `batches`."""
+        total = sum(len(batch.sample) for batch in batches)
+        first = "policy/grad_norm" not in records
+        for number, batch in enumerate(batches):
+            rows, own = batch.prompt.to(self._engine.device), advantages[batch.sample].to(self._engine.device)
+            with self._engine.micro_step(self._policy.network, last=number == len(batches) - 1):
+                loss = self._objective.loss(self._policy, batch, conditions[rows], own, self._sampler.sigma_max)
+                self._engine.backward(loss.value * (len(batch.sample) / total))
+            for name, figure in loss.metrics.items():
+                records[name].append(float(figure))
+            if first:
+                deviation = float(loss.metrics["policy/ratio_max_deviation_max"])
+                records["policy/first_ratio_deviation_max"].append(deviation)
+        norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters, self._schedule.max_grad_norm)
+        if not bool(torch.isfinite(norm)):
+            raise TrainingError(
+                f"the gradient norm is {float(norm)} (losses {records['policy/loss'][-len(batches) :]}); the weights "
+                "were left as they were. Lower optimizer.lr, or look at the rewards of the last iteration"
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._policy.average.update(self._updates)
+        self._updates += 1
+        records["policy/grad_norm"].append(float(norm))
+
+    def _log_choice(
+        self, candidates: Prompts, selection: Selection, rewards: Tensor | None, iteration: int
+    ) -> dict[str, float]:
+        """Log every candidate with its score; return figures about the choice."""
+        nan = float("nan")
+        scores = [nan] * len(candidates) if rewards is None else rewards.tolist()
+        level = selection.level.mean if selection.level else nan
+        chosen = set(selection.rows)
+        rows = [
+            SelectedPrompt(prompt_id, text, label, score, level, row in chosen)
+            for row, (prompt_id, text, label, score) in enumerate(
+                zip(candidates.ids, candidates.texts, candidates.classes, scores, strict=True)
+            )
+        ]
+        if self._tracker:
+            self._tracker.log_prompts(rows, iteration + 1)
+        if rewards is None:
+            return {}
+        picked = rewards[list(selection.rows)]
+        return {
+            "curriculum/candidate_mean": float(rewards.mean()),
+            "curriculum/chosen_mean": float(picked.mean()),
+            "curriculum/chosen_distance": float((picked - level).abs().mean()),
+        }
+
+    def _evaluate(self, iteration: int) -> None:
+        evaluation = self._evaluator.evaluate(self._policy)
+        if self._tracker:
+            evaluation.save(self._run_dir / "evaluations" / f"{iteration:06d}.jsonl")
+            self._tracker.log(evaluation.metrics(), iteration)
+            captions = list(evaluation.prompts.texts[: len(evaluation.grid)])
+            self._tracker.log_images("heldout", evaluation.grid, captions, iteration)
+
+    def _save(self, iteration: int) -> None:
+        own = {"curriculum": self._curriculum.state_dict(), "random": random_state()}
+        per_rank = self._engine.gather_objects(own)
+        if self._engine.is_main:
+            tracker = self._tracker.state_dict() if self._tracker else {}
+            snapshot = Snapshot(
+                iteration=iteration,
+                tensors=self._policy.state_dict(),
+                optimizer=self._optimizer.state_dict(),
+                state={"prompts": self._prompts.state_dict(), "updates": self._updates, "tracker": tracker},
+                per_rank=per_rank,
+                config=self._config,
+            )
+            path = self._checkpoints.save(snapshot)
+            _log.info("saved %s", path)
+        self._engine.wait()
+
+    def _check_shares(self) -> None:
+        """Ranks hold equally many prompts: then no gather needs padding and every gradient has equal weight."""
+        world = self._engine.world_size
+        for key in ("candidates", "chosen"):
+            count = getattr(self._curriculum, key)
+            if count % world:
+                raise ConfigError(f"curriculum.{key}={count} must be a multiple of the {world} processes")
+
+
+def _share(rows: list[int], engine: Engine) -> list[int]:
+    """This rank's contiguous part of `rows`."""
+    size = len(rows) // engine.world_size
+    return rows[engine.rank * size : (engine.rank + 1) * size]
+
+
+def _due(iteration: int, every: int) -> bool:
+    return every > 0 and iteration % every == 0
+
+
+def _order_seed(seed: int, iteration: int, epoch: int) -> int:
+    return (seed * 1_000_003 + iteration) * 1_009 + epoch

@@ -1,0 +1,1 @@
+"""Stand-alone reward models and verifiers; nothing in here depends on the trainer."""

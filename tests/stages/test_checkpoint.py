@@ -1,0 +1,94 @@
+"""Checkpoints: atomic, checked, refused when they belong to another run."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from adagrpo_train.errors import CheckpointError
+from adagrpo_train.runtime import checkpoint
+from adagrpo_train.runtime.checkpoint import Checkpoints, Snapshot
+
+
+def snapshot(iteration: int) -> Snapshot:
+    parameter = torch.nn.Parameter(torch.arange(3.0))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    return Snapshot(
+        iteration=iteration,
+        tensors={"trainable": {"0": parameter.detach()}, "average": {}},
+        optimizer=optimizer.state_dict(),
+        state={"prompts": {"epoch": 1}},
+        per_rank=[{"curriculum": {"mean": 0.1 + 0.2}}],
+        config={"seed": 0, "optimizer": {"lr": 0.1}},
+    )
+
+
+def save(tmp_path: Path, *iterations: int, keep: int = 3) -> Path:
+    for iteration in iterations:
+        Checkpoints(tmp_path / "checkpoints", keep=keep).save(snapshot(iteration))
+    return tmp_path / "checkpoints"
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
+    save(tmp_path, 7)
+    loaded, saved = checkpoint.load(checkpoint.find(tmp_path)), snapshot(7)
+    assert (loaded.iteration, loaded.state, loaded.per_rank, loaded.config) == (
+        saved.iteration, saved.state, saved.per_rank, saved.config,
+    )  # fmt: skip
+    assert torch.equal(loaded.tensors["trainable"]["0"], saved.tensors["trainable"]["0"])
+    for key, value in saved.optimizer["state"][0].items():
+        assert torch.equal(loaded.optimizer["state"][0][key], value)
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1, 2, 3, 4, keep=2)
+    assert sorted(p.name for p in folder.iterdir()) == ["iteration_000003", "iteration_000004"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "absent", "manifest", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = save(tmp_path, 1, 2) / "iteration_000002"
+    victim = newest / ("manifest.json" if damage == "manifest" else "optimizer.pt")
+    if damage in ("absent", "manifest"):
+        victim.unlink()
+    else:
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content[:-5] if damage == "cut" else content)
+    assert checkpoint.find(tmp_path).name == "iteration_000001"
+    assert "iteration_000002 is damaged" in caplog.text
+    with pytest.raises(CheckpointError, match="give the run folder"):
+        checkpoint.find(newest)
+
+
+def test_a_draft_left_by_a_kill_is_not_a_checkpoint(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / "iteration_000001").rename(folder / ".draft_iteration_000001")
+    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+        checkpoint.find(tmp_path)
+
+
+def test_a_path_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        checkpoint.find(tmp_path / "nowhere")
+
+
+def test_another_configuration_is_refused_with_every_differing_key() -> None:
+    saved = {"seed": 0, "optimizer": {"lr": 0.1}, "iterations": 5}
+    checkpoint.check_compatible(saved, saved | {"iterations": 9}, free=("iterations",))
+    with pytest.raises(CheckpointError, match=r"optimizer.lr: 0.1 -> 0.2\n  seed: 0 -> 1"):
+        checkpoint.check_compatible(saved, {"seed": 1, "optimizer": {"lr": 0.2}, "iterations": 5}, free=("iterations",))
+
+
+def test_random_generators_go_on_where_they_were() -> None:
+    state = json.loads(json.dumps(checkpoint.random_state()))
+    expected = (random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1))
+    checkpoint.restore_random_state(state)
+    assert (random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1)) == expected

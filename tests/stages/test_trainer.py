@@ -1,0 +1,251 @@
+"""What one training iteration does, on the real tiny model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from adagrpo_train.algorithms.advantages import CrossLevel
+from adagrpo_train.errors import ConfigError, RewardError, TrainingError
+from adagrpo_train.types import Level
+from tests.support import Memory, make_trainer
+
+ALGORITHMS = ("flow_grpo", "dance_grpo", "flow_cps")
+STEPS = 4
+CASES = [
+    pytest.param([f"algorithm={algorithm}", f"trainable={trainable}", *extra], id=f"{algorithm}-{trainable}-{name}")
+    for algorithm in ALGORITHMS
+    for trainable in ("lora", "full")
+    for name, extra in (("trajectories", []), ("branches", ["plan=branch", "plan.at=[0,2]"]))
+]
+
+
+@pytest.mark.parametrize("overrides", CASES)
+def test_the_first_ratio_is_bitwise_one(overrides: list[str], tmp_path: Path) -> None:
+    """Before any update the policy is the one that sampled, so new and old log-probabilities are equal bit for bit.
+
+    The adapters are trained for one iteration first: with B = 0 they would not take part.
+    """
+    trainer, _, _ = make_trainer(f"model.num_steps={STEPS}", "optimizer.lr=1e-3", *overrides, run_dir=tmp_path)
+    memory = Memory()
+    trainer.train(memory)
+    assert [row["policy/first_ratio_deviation"] for row in memory.training] == [0.0, 0.0]
+
+
+def test_later_updates_of_an_iteration_have_ratios_other_than_one(tmp_path: Path) -> None:
+    """The second inner epoch compares with the stored log-probabilities, not with itself."""
+    trainer, _, _ = make_trainer(
+        "inner_epochs=2", "updates_per_iteration=2", "optimizer.lr=1e-3", "reward.weights={smooth: 1.0}", run_dir=tmp_path
+    )
+    _reward_pixels(trainer)
+    memory = Memory()
+    trainer.train(memory)
+    for row in memory.training:
+        assert row["policy/first_ratio_deviation"] == 0.0
+        assert row["policy/ratio_max_deviation"] > 1e-7
+
+
+def _expected_evaluations(overrides: str, prompts: int, size: int) -> dict[str, int]:
+    """Closed formulas: B candidates of T steps each, then per algorithm."""
+    candidates = 4 if "boundary" in overrides else 0
+    branch = "branch" in overrides
+    at = (0, 2)
+    trunks = (candidates or prompts) if branch or candidates else 0
+    sampling = trunks * STEPS
+    if branch:
+        # The anchors are evaluated once more in the shape that training uses, then each sample goes on by the ODE.
+        sampling += prompts * len(at) + prompts * size * sum(STEPS - 1 - k for k in at)
+        training = prompts * len(at)
+    else:
+        sampling += prompts * size * STEPS
+        trained = max(1, int(0.6 * (STEPS - 1))) if "dance_grpo" in overrides else STEPS - 1
+        training = prompts * size * trained
+    guided = 2 if "guidance" in overrides else 1
+    reference = training if "kl_weight" in overrides else 0
+    return {"sampling": guided * sampling, "training": guided * training, "reference": guided * reference}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        f"algorithm={algorithm} curriculum={curriculum} plan={plan}{extra}"
+        for algorithm, plan in (("flow_grpo", "every_step"), ("dance_grpo", "random_steps"), ("flow_cps", "branch"))
+        for curriculum in ("uniform", "boundary")
+        for extra in ("", " model.guidance_scale=2.0", " algorithm.objective.kl_weight=0.1")
+    ],
+)
+def test_network_evaluations_equal_the_closed_formula(overrides: str, tmp_path: Path) -> None:
+    extra = ["curriculum.candidates=4"] if "boundary" in overrides else []
+    extra += ["plan.at=[0,2]"] if "branch" in overrides else []
+    trainer, _, _ = make_trainer(
+        f"model.num_steps={STEPS}", "iterations=1", *overrides.split(), *extra, run_dir=tmp_path
+    )
+    memory = Memory()
+    trainer.train(memory)
+    expected = _expected_evaluations(overrides, prompts=2, size=2)
+    assert {kind: int(memory.training[0][f"nfe/{kind}"]) for kind in expected} == expected
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_exactly_the_configured_number_of_optimizer_steps_is_made(updates: int, tmp_path: Path) -> None:
+    trainer, parts, _ = make_trainer(f"updates_per_iteration={updates}", "micro_batch=2", run_dir=tmp_path)
+    trainer.train(Memory())
+    (state,) = {int(s["step"]) for s in trainer._optimizer.state.values()}
+    assert state == 2 * updates
+
+
+def test_gradients_do_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
+    weights = []
+    for micro_batch in (2, 4):
+        trainer, parts, _ = make_trainer(f"micro_batch={micro_batch}", "iterations=1", run_dir=tmp_path)
+        _reward_pixels(trainer)
+        _use_sgd(trainer, parts)
+        trainer.train(Memory())
+        weights.append(torch.cat([p.detach().flatten() for p in parts.policy.parameters]))
+    start = torch.cat([p.detach().flatten() for p in make_trainer(run_dir=tmp_path)[1].policy.parameters])
+    assert (weights[0] - start).norm() > 1e-4
+    assert (weights[0] - weights[1]).norm() / (weights[0] - start).norm() < 1e-3
+
+
+def test_an_anchor_shared_by_its_group_has_the_gradient_of_replicated_anchors(tmp_path: Path) -> None:
+    """One forward per group equals one forward per sample."""
+    trainer, parts, _ = make_trainer("plan=branch", "plan.at=[0,2]", "group_size=3", run_dir=tmp_path)
+    sampler, policy = parts.sampler, parts.policy
+    prompts = trainer._prompts.next(2)
+    conditions = policy.encode(list(prompts.texts))
+    (batch,) = sampler.roll_out(policy.velocity, conditions, prompts, None, 0).transitions
+    advantages = torch.randn(len(batch.sample))
+    replicated = type(batch)(
+        batch.x[batch.state],
+        batch.sigma[batch.state],
+        batch.sigma_next[batch.state],
+        batch.prompt[batch.state],
+        batch.x_next,
+        torch.arange(len(batch.state)),
+        batch.sample,
+        batch.log_prob,
+    )
+    gradients = []
+    for shape in (batch, replicated):
+        loss = trainer._objective.loss(policy, shape, conditions[shape.prompt], advantages, sampler.sigma_max)
+        grads = torch.autograd.grad(loss.value, policy.parameters, allow_unused=True)
+        gradients.append(torch.cat([g.flatten() for g in grads if g is not None]))
+    assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 1e-5
+
+
+def test_candidates_are_trunks_and_are_sampled_once(tmp_path: Path) -> None:
+    """The anchors of the branches are the very states of the scored candidates."""
+    trainer, parts, _ = make_trainer(
+        "plan=branch", "plan.at=[0,2]", "curriculum=boundary", "curriculum.candidates=4", "iterations=1", run_dir=tmp_path
+    )
+    sampler, seen = parts.sampler, {}
+    trunks_of, roll_out = sampler.trunks, sampler.roll_out
+
+    def trunks(*args):  # noqa: ANN002, ANN202
+        seen["trunks"] = trunks_of(*args)
+        return seen["trunks"]
+
+    def branch(velocity, conditions, prompts, trunks, iteration):  # noqa: ANN001, ANN202
+        seen["used"] = trunks
+        return roll_out(velocity, conditions, prompts, trunks, iteration)
+
+    sampler.trunks, sampler.roll_out = trunks, branch  # type: ignore[method-assign]
+    memory = Memory()
+    trainer.train(memory)
+    chosen = [row for row, prompt in enumerate(memory.prompts[0]) if prompt.chosen]
+    used = {tuple(a.flatten().tolist()) for a in seen["used"].anchors}
+    assert used == {tuple(a.flatten().tolist()) for a in seen["trunks"].anchors[chosen]}
+
+
+def test_groups_without_spread_do_not_move_the_weights_and_are_counted(tmp_path: Path) -> None:
+    trainer, parts, _ = make_trainer("iterations=1", "optimizer.weight_decay=0.0", run_dir=tmp_path)
+    trainer._scorer._reward = _Constant()
+    before = [p.detach().clone() for p in parts.policy.parameters]
+    memory = Memory()
+    trainer.train(memory)
+    assert memory.training[0]["reward/zero_variance_fraction"] == 1.0
+    assert memory.training[0]["policy/grad_norm"] == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(before, parts.policy.parameters, strict=True))
+
+
+class _Constant:
+    """0.3 is not exact in binary: a float32 standard deviation would not be 0."""
+
+    def score(self, images, prompts):  # noqa: ANN001, ANN201
+        return {"smooth": [0.3] * len(prompts), "strict": [0.3] * len(prompts)}
+
+
+class _Fails:
+    def __init__(self, value: float) -> None:
+        self._value = value
+
+    def score(self, images, prompts):  # noqa: ANN001, ANN201
+        return {"smooth": [self._value] * len(prompts), "strict": [0.0] * len(prompts)}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_stops_the_run(value: float, tmp_path: Path) -> None:
+    trainer, _, _ = make_trainer(run_dir=tmp_path)
+    trainer._scorer._reward = _Fails(value)
+    with pytest.raises(RewardError, match=r"reward smooth: .*(nan|inf)"):
+        trainer.train(Memory())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(tmp_path: Path) -> None:
+    trainer, parts, _ = make_trainer(run_dir=tmp_path)
+    _reward_pixels(trainer)
+    advantages = trainer._advantages
+
+    def poisoned(scores, rollout):  # noqa: ANN001, ANN202
+        values, metrics = advantages(scores, rollout)
+        return values * float("nan"), metrics
+
+    trainer._advantages = poisoned  # type: ignore[method-assign]
+    before = [p.detach().clone() for p in parts.policy.parameters]
+    with pytest.raises(TrainingError, match="gradient norm is nan"):
+        trainer.train(Memory())
+    assert all(torch.equal(a, b) for a, b in zip(before, parts.policy.parameters, strict=True))
+
+
+def test_more_updates_than_batches_is_refused_before_the_first_update(tmp_path: Path) -> None:
+    trainer, _, _ = make_trainer("updates_per_iteration=99", run_dir=tmp_path)
+    with pytest.raises(ConfigError, match="lower micro_batch or updates_per_iteration"):
+        trainer.train(Memory())
+
+
+def test_the_kl_is_zero_at_the_reference_and_positive_away_from_it(tmp_path: Path) -> None:
+    for trainable in ("lora", "full"):
+        trainer, _, _ = make_trainer(
+            f"trainable={trainable}", "algorithm.objective.kl_weight=0.1", "optimizer.lr=1e-3", run_dir=tmp_path
+        )
+        _reward_pixels(trainer)
+        memory = Memory()
+        trainer.train(memory)
+        first, second = (row["policy/kl"] for row in memory.training)
+        assert first < 1e-9
+        assert second > 1e-6
+
+
+def test_absolute_fusion_rewards_a_group_that_beats_the_level_as_a_whole() -> None:
+    rewards, group = torch.tensor([0.8, 0.9]), torch.tensor([0, 0])
+    make = {"std": "group", "unbiased": True, "eps": 1e-4, "limit": 5.0, "weight": 1.0}
+    official = CrossLevel(**make, mode="official")(rewards, group, Level(0.2, 0.2))
+    absolute = CrossLevel(**make, mode="absolute")(rewards, group, Level(0.2, 0.2))
+    assert abs(float(official.mean())) < 1e-6
+    assert float(absolute.mean()) == pytest.approx((3.0 + 3.5) / 2)
+
+
+def _reward_pixels(trainer) -> None:  # noqa: ANN001
+    """A reward with spread inside every group, whatever the model draws."""
+
+    class Pixels:
+        def score(self, images, prompts):  # noqa: ANN001, ANN202
+            values = images.astype(float).mean((1, 2, 3)) / 255
+            return {"smooth": values.tolist(), "strict": values.tolist()}
+
+    trainer._scorer._reward = Pixels()
+
+
+def _use_sgd(trainer, parts) -> None:  # noqa: ANN001
+    """Steps proportional to the gradient: AdamW's first step has one size whatever the gradient is."""
+    trainer._optimizer = torch.optim.SGD(parts.policy.parameters, lr=1.0)
