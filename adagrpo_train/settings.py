@@ -60,7 +60,7 @@ def read_settings(overrides: list[str]) -> Settings:
     composed = _compose(overrides, known=_leaves(defaults), groups=known_groups)
     resolved = _plain(composed, resolve=True)
     plain = _plain(_compose(_group_overrides(overrides, known_groups)), resolve=False)
-    _check_keys(resolved, {key for key in defaults if key != "hydra"})
+    _check_keys(resolved, {str(key) for key in defaults if key != "hydra"})
     _check_values(resolved, plain)
     _check_targets(resolved)
     choices = {group: str(composed.hydra.runtime.choices[group]) for group in known_groups}

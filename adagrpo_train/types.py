@@ -49,8 +49,13 @@ class Conditions:
     negative_pooled_prompt_embeds: Tensor | None = None  # [P, C']
 
     def __getitem__(self, rows: Tensor) -> "Conditions":
-        values = (getattr(self, f.name) for f in fields(self))
-        return Conditions(*(None if value is None else value[rows] for value in values))
+        negative, pooled = self.negative_prompt_embeds, self.negative_pooled_prompt_embeds
+        return Conditions(
+            self.prompt_embeds[rows],
+            self.pooled_prompt_embeds[rows],
+            None if negative is None else negative[rows],
+            None if pooled is None else pooled[rows],
+        )
 
 
 @dataclass(frozen=True)

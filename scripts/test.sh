@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$repo"
 
 export HF_HUB_OFFLINE=1
-export WANDB_MODE=disabled
+export WANDB_MODE=offline
 
 fast_only=false
 options=()

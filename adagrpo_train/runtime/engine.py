@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import KwargsHandler, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from adagrpo_train.errors import ConfigError
@@ -31,7 +31,7 @@ class Engine:
         if device not in ("auto", "cpu"):
             raise ConfigError(f"engine.device={device}: choose auto or cpu")
         # The position embedding is a constant buffer; broadcasting it in every forward would only cost time.
-        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+        handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
         self._accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=handlers)
         if kind == "single" and self.world_size > 1:
             raise ConfigError(f"engine=single, but {self.world_size} processes were launched; use engine=ddp")

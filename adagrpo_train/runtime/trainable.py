@@ -31,7 +31,7 @@ class LoRA:
         targets: "attention", or "all" for attention and feed-forward layers.
     """
 
-    def __init__(self, *, rank: int, alpha: float, targets: str) -> None:
+    def __init__(self, *, rank: int, alpha: int, targets: str) -> None:
         if rank < 1:
             raise ConfigError(f"trainable.rank={rank}: must be >= 1")
         self._rank, self._alpha, self._targets = rank, alpha, targets

@@ -21,7 +21,6 @@ from scripts.tiny import recipe
 
 LOGGER = logging.getLogger(__name__)
 WARM_UP = 150  # steps
-DECAY_FRACTION = 0.45
 CAPTION_DROPOUT = 0.1
 SIGMA_SHIFT = 0.2  # mean of the logit-normal distribution of sigma
 
@@ -54,9 +53,9 @@ class Average:
         torch.save({name: averaged.get(id(value), value.detach()) for name, value in state.items()}, path)
 
 
-def learning_rate(step: int, *, steps: int, peak: float) -> float:
-    """Returns the learning rate at a step: linear warm-up, constant, linear decay to one hundredth."""
-    left = (steps - step) / (DECAY_FRACTION * steps)
+def learning_rate(step: int, *, steps: int, peak: float, decay_fraction: float) -> float:
+    """Returns the learning rate at a step: linear warm-up, constant, linear decay to one hundredth at the end."""
+    left = (steps - step) / (decay_fraction * steps) if decay_fraction > 0 else 1.0
     return peak * min(1.0, (step + 1) / WARM_UP) * min(1.0, max(0.01, left))
 
 
@@ -86,10 +85,13 @@ def all_reduce_gradients(parameters: list[torch.nn.Parameter]) -> None:
 def parse_args() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="working folder; checkpoints go to its `flow`")
+    parser.add_argument("--out", type=Path, required=True, help="working folder")
+    parser.add_argument("--name", default="flow", help="folder of the checkpoints in the working folder")
+    parser.add_argument("--init", type=Path, default=None, help="start from this checkpoint (fresh optimizer)")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=96, help="per process")
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--decay-fraction", type=float, default=0.45, help="part of the steps with a falling rate")
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--save-every", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
@@ -98,7 +100,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains and writes averaged weights to ``flow/step_XXXXX.pt``."""
+    """Trains and writes averaged weights to ``step_XXXXX.pt`` in the folder of the run."""
     args = parse_args()
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -108,17 +110,19 @@ def main() -> None:
     all_ids = torch.tensor([recipe.word_ids(caption(scene)) for scene in scenes])
     no_caption = torch.tensor(recipe.word_ids(""))
     model = recipe.FlowModel()
+    if args.init is not None:
+        model.load_state_dict(torch.load(args.init))
     parameters = list(model.parameters())
     average = Average(parameters, decay=args.ema)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     loss_function = make_loss(model) if args.no_compile else torch.compile(make_loss(model))
-    folder = args.out / "flow"
+    folder = args.out / args.name
     folder.mkdir(exist_ok=True)
     torch.manual_seed(1000 * (args.seed + 1) + rank)
     total, start = 0.0, time.perf_counter()
     for step in range(args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps=args.steps, peak=args.lr)
+            group["lr"] = learning_rate(step, steps=args.steps, peak=args.lr, decay_fraction=args.decay_fraction)
         chosen = torch.randint(len(latents), (args.batch,))
         ids = all_ids[chosen]
         ids[torch.rand(args.batch) < CAPTION_DROPOUT] = no_caption

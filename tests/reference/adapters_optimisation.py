@@ -57,7 +57,8 @@ def learning_rate(case: GoldenCase) -> dict[str, Any]:
 def _penalised_loss(case: GoldenCase, kl: Callable[[Gaussian, Tensor], Tensor]) -> dict[str, Any]:
     log_prob, log_ratio = _log_ratio(case)
     mean = case.inputs["prev_sample_mean"].clone().requires_grad_()
-    step = Gaussian(mean, case.inputs["std_dev_t"])
+    # The recorded std_dev_t is the diffusion; neither penalty may look at the std of the step.
+    step = Gaussian(mean, torch.full_like(case.inputs["std_dev_t"], torch.nan))
     policy_loss = clipped_policy_loss(log_ratio, _advantages(case), clip_range=case.inputs["clip_range"]).mean()
     kl_loss = kl(step, case.inputs["prev_sample_mean_ref"]).mean()
     loss = policy_loss + case.inputs["beta"] * kl_loss

@@ -14,9 +14,7 @@ def made(kind: type[ScoredCurriculum], chosen: int = 2) -> ScoredCurriculum:
     return kind(candidates=5, chosen=chosen, alpha=0.8, per_rank=False)
 
 
-@pytest.mark.parametrize(
-    ("kind", "rows"), [(Boundary, (2, 1)), (Easiest, (4, 3)), (Hardest, (0, 1)), (Median, (2, 1))]
-)
+@pytest.mark.parametrize(("kind", "rows"), [(Boundary, (2, 1)), (Easiest, (4, 3)), (Hardest, (0, 1)), (Median, (2, 1))])
 def test_each_curriculum_chooses_what_its_name_says(kind: type[ScoredCurriculum], rows: tuple[int, ...]) -> None:
     """First call: the level is the mean, 6; nearest to it are 5 (distance 1), then 3 and 9 (tie: the first)."""
     assert made(kind).select(SCORES, 2).rows == rows

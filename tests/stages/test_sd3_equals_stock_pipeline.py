@@ -29,7 +29,7 @@ def test_latents_and_images_equal_the_stock_pipeline(guidance_scale: float, sche
         device=model.device,
     )
 
-    def velocity(x, sigma, conditions):  # noqa: ANN001, ANN202
+    def velocity(x, sigma, conditions):
         return model.velocity(model.transformer, x, sigma, conditions)
 
     texts = list(PROMPTS.texts)

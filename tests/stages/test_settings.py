@@ -87,7 +87,7 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         (["resume=nowhere"], "resume=nowhere: no such folder"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_training(overrides: list[str], message: str, tmp_path) -> None:  # noqa: ANN001
+def test_settings_that_cannot_work_are_refused_before_training(overrides: list[str], message: str, tmp_path) -> None:
     with pytest.raises(AdaGRPOError) as caught:
         settings = read_settings(overrides)
         engine: Engine = build.make_engine(settings)

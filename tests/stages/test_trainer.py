@@ -35,7 +35,11 @@ def test_the_first_ratio_is_bitwise_one(overrides: list[str], tmp_path: Path) ->
 def test_later_updates_of_an_iteration_have_ratios_other_than_one(tmp_path: Path) -> None:
     """The second inner epoch compares with the stored log-probabilities, not with itself."""
     trainer, _, _ = make_trainer(
-        "inner_epochs=2", "updates_per_iteration=2", "optimizer.lr=1e-3", "reward.weights={smooth: 1.0}", run_dir=tmp_path
+        "inner_epochs=2",
+        "updates_per_iteration=2",
+        "optimizer.lr=1e-3",
+        "reward.weights={smooth: 1.0}",
+        run_dir=tmp_path,
     )
     _reward_pixels(trainer)
     memory = Memory()
@@ -88,7 +92,7 @@ def test_network_evaluations_equal_the_closed_formula(overrides: str, tmp_path: 
 
 @pytest.mark.parametrize("updates", [1, 3])
 def test_exactly_the_configured_number_of_optimizer_steps_is_made(updates: int, tmp_path: Path) -> None:
-    trainer, parts, _ = make_trainer(f"updates_per_iteration={updates}", "micro_batch=2", run_dir=tmp_path)
+    trainer, _, _ = make_trainer(f"updates_per_iteration={updates}", "micro_batch=2", run_dir=tmp_path)
     trainer.train(Memory())
     (state,) = {int(s["step"]) for s in trainer._optimizer.state.values()}
     assert state == 2 * updates
@@ -136,16 +140,21 @@ def test_an_anchor_shared_by_its_group_has_the_gradient_of_replicated_anchors(tm
 def test_candidates_are_trunks_and_are_sampled_once(tmp_path: Path) -> None:
     """The anchors of the branches are the very states of the scored candidates."""
     trainer, parts, _ = make_trainer(
-        "plan=branch", "plan.at=[0,2]", "curriculum=boundary", "curriculum.candidates=4", "iterations=1", run_dir=tmp_path
+        "plan=branch",
+        "plan.at=[0,2]",
+        "curriculum=boundary",
+        "curriculum.candidates=4",
+        "iterations=1",
+        run_dir=tmp_path,
     )
     sampler, seen = parts.sampler, {}
     trunks_of, roll_out = sampler.trunks, sampler.roll_out
 
-    def trunks(*args):  # noqa: ANN002, ANN202
+    def trunks(*args):
         seen["trunks"] = trunks_of(*args)
         return seen["trunks"]
 
-    def branch(velocity, conditions, prompts, trunks, iteration):  # noqa: ANN001, ANN202
+    def branch(velocity, conditions, prompts, trunks, iteration):
         seen["used"] = trunks
         return roll_out(velocity, conditions, prompts, trunks, iteration)
 
@@ -171,7 +180,7 @@ def test_groups_without_spread_do_not_move_the_weights_and_are_counted(tmp_path:
 class _Constant:
     """0.3 is not exact in binary: a float32 standard deviation would not be 0."""
 
-    def score(self, images, prompts):  # noqa: ANN001, ANN201
+    def score(self, images, prompts):
         return {"smooth": [0.3] * len(prompts), "strict": [0.3] * len(prompts)}
 
 
@@ -179,7 +188,7 @@ class _Fails:
     def __init__(self, value: float) -> None:
         self._value = value
 
-    def score(self, images, prompts):  # noqa: ANN001, ANN201
+    def score(self, images, prompts):
         return {"smooth": [self._value] * len(prompts), "strict": [0.0] * len(prompts)}
 
 
@@ -196,7 +205,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(tmp_
     _reward_pixels(trainer)
     advantages = trainer._advantages
 
-    def poisoned(scores, rollout):  # noqa: ANN001, ANN202
+    def poisoned(scores, rollout):
         values, metrics = advantages(scores, rollout)
         return values * float("nan"), metrics
 
@@ -235,17 +244,17 @@ def test_absolute_fusion_rewards_a_group_that_beats_the_level_as_a_whole() -> No
     assert float(absolute.mean()) == pytest.approx((3.0 + 3.5) / 2)
 
 
-def _reward_pixels(trainer) -> None:  # noqa: ANN001
+def _reward_pixels(trainer) -> None:
     """A reward with spread inside every group, whatever the model draws."""
 
     class Pixels:
-        def score(self, images, prompts):  # noqa: ANN001, ANN202
+        def score(self, images, prompts):
             values = images.astype(float).mean((1, 2, 3)) / 255
             return {"smooth": values.tolist(), "strict": values.tolist()}
 
     trainer._scorer._reward = Pixels()
 
 
-def _use_sgd(trainer, parts) -> None:  # noqa: ANN001
+def _use_sgd(trainer, parts) -> None:
     """Steps proportional to the gradient: AdamW's first step has one size whatever the gradient is."""
     trainer._optimizer = torch.optim.SGD(parts.policy.parameters, lr=1.0)

@@ -56,8 +56,10 @@ def test_the_wheel_holds_every_file_of_the_packages_and_the_configs(wheel: Path)
 
 
 def test_a_run_from_another_folder_uses_only_the_wheel(wheel: Path, tmp_path: Path) -> None:
-    program = "import adagrpo_train.settings as settings, rewards; print(settings.config_dir(), rewards.__file__, sep='\\n')"
-    environment = {"PYTHONPATH": str(wheel), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    program = (
+        "import adagrpo_train.settings as settings, rewards; print(settings.config_dir(), rewards.__file__, sep='\\n')"
+    )
+    environment = {"PYTHONPATH": str(wheel), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     configs, rewards_file = run([sys.executable, "-c", program], cwd=tmp_path, **environment).splitlines()[-2:]
     assert Path(configs) == wheel / "adagrpo_train" / "configs"
     assert Path(rewards_file).parent == wheel / "rewards"

@@ -1,0 +1,197 @@
+"""Whole runs from the shell: folders, resume, signals, several processes, stock diffusers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from adagrpo_train.runtime import checkpoint
+from adagrpo_train.runtime.noise import INITIAL, NoiseKey, keyed_noise
+from tests.support import MID, tiny_model
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+BASE = ["debug=smoke", "adagrpo=on", "curriculum.candidates=4", "micro_batch=6", "optimizer.lr=1e-3"]
+
+
+def command(*overrides: str, processes: int = 1) -> list[str]:
+    module = ["-m", "adagrpo_train", *BASE, *overrides]
+    if processes == 1:
+        return [sys.executable, *module]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    launch += ["--num_processes", str(processes), "--main_process_port", "0"]
+    return [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", *module]
+
+
+def environment() -> dict[str, str]:
+    extra = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return os.environ | extra
+
+
+def run(*overrides: str, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*overrides, processes=processes),
+        env=environment(), cwd=cwd, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+def succeed(*overrides: str, **options: Any) -> str:
+    done = run(*overrides, **options)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Recorded metrics without what may differ between equal runs: seconds and memory."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines]
+
+
+def weights(run_dir: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return checkpoint.load(checkpoint.find(run_dir)).tensors
+
+
+def test_a_run_leaves_the_promised_folder(tmp_path: Path) -> None:
+    succeed(f"hydra.run.dir={tmp_path / 'run'}")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"metrics.jsonl", "report.html", "checkpoints", "export", "images", "config.yaml", "summary.json"} <= names
+    assert [row["iteration"] for row in rows(tmp_path / "run") if "policy/loss" in row] == [1, 2]
+
+
+@pytest.mark.parametrize("plan", ["every_step", "branch"])
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(plan: str, tmp_path: Path) -> None:
+    settings = ["iterations=4", "checkpoint.every=2", "evaluation.every=2", f"plan={plan}"]
+    succeed(*settings, f"hydra.run.dir={tmp_path / 'straight'}")
+    killed = subprocess.Popen(command(*settings, f"hydra.run.dir={tmp_path / 'killed'}"), env=environment(), cwd=ROOT)
+    try:
+        _wait_for(lambda: any(row["iteration"] == 3 for row in _rows_so_far(tmp_path / "killed")))
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    assert checkpoint.find(tmp_path / "killed").name == "iteration_000002"
+    succeed(*settings, f"resume={tmp_path / 'killed'}")
+    straight, resumed = weights(tmp_path / "straight"), weights(tmp_path / "killed")
+    assert straight.keys() == resumed.keys() == {"trainable", "average"}
+    for name, tensors in straight.items():
+        assert all(torch.equal(value, resumed[name][key]) for key, value in tensors.items())
+    assert rows(tmp_path / "straight") == rows(tmp_path / "killed")
+
+
+def test_sigterm_saves_and_exits_cleanly(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        command("iterations=500", "checkpoint.every=0", f"hydra.run.dir={run_dir}"), env=environment(), cwd=ROOT
+    )
+    try:
+        _wait_for(lambda: len(_rows_so_far(run_dir)) > 2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+    last = max(row["iteration"] for row in rows(run_dir))
+    assert checkpoint.load(checkpoint.find(run_dir)).iteration == last < 500
+
+
+def test_a_changed_configuration_is_not_continued(tmp_path: Path) -> None:
+    succeed("iterations=1", f"hydra.run.dir={tmp_path / 'run'}")
+    done = run("iterations=2", "seed=7", "group_size=4", f"resume={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "group_size: 3 -> 4" in done.stderr
+    assert "seed: 0 -> 7" in done.stderr
+
+
+def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
+    """Same prompts, noise, rewards and level; weights to the rounding of differently ordered sums."""
+    for processes in (1, 2):
+        succeed("iterations=2", f"hydra.run.dir={tmp_path / str(processes)}", processes=processes)
+    one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
+    assert (tmp_path / "1/prompts.jsonl").read_text() == (tmp_path / "2/prompts.jsonl").read_text()
+    for first, second in zip(one, two, strict=True):
+        for key in ("reward/mean", "curriculum/level", "curriculum/level_std", "eval/total"):
+            assert first.get(key) == pytest.approx(second.get(key), rel=1e-4, abs=1e-5), key
+    ours, theirs = weights(tmp_path / "1")["trainable"], weights(tmp_path / "2")["trainable"]
+    difference = torch.cat([(value - theirs[key]).flatten() for key, value in ours.items()]).norm()
+    scale = torch.cat([value.flatten() for value in ours.values()]).norm()
+    assert float(difference / scale) < 1e-3
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_stock_diffusers_loads_the_export_and_draws_the_same_image(trainable: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    succeed(f"trainable={trainable}", "weight_average.decay=0.0", f"hydra.run.dir={run_dir}")
+    without_t5 = {"text_encoder_3": None, "tokenizer_3": None, "dtype": torch.float32}
+    pipe = StableDiffusion3Pipeline.from_pretrained(run_dir / "export" if trainable == "full" else MID, **without_t5)
+    if trainable == "lora":
+        pipe.load_lora_weights(run_dir / "export")
+    pipe.set_progress_bar_config(disable=True)
+
+    model = tiny_model(num_steps=6)
+    _load_weights(model, trainable, weights(run_dir)["trainable"])
+    texts = ["a red circle", "two blue squares"]
+    noise = keyed_noise([NoiseKey(0, 0, n, 0, INITIAL) for n in range(2)], model.latent_shape)
+    sigmas = np.linspace(1, 1 / 6, 6).tolist()
+    stock = pipe(
+        texts, latents=noise, sigmas=sigmas, num_inference_steps=6, guidance_scale=1.0,
+        max_sequence_length=0, height=32, width=32, output_type="latent",
+    ).images  # fmt: skip
+    untrained = tiny_model(num_steps=6)
+    ours, base = (_render(m, texts, noise) for m in (model, untrained))
+    torch.testing.assert_close(stock, ours, rtol=0, atol=1e-5)
+    assert (stock - base).abs().max() > 1e-4  # the trained weights do take part
+
+
+def test_evaluation_is_a_command_of_its_own(tmp_path: Path) -> None:
+    succeed(f"hydra.run.dir={tmp_path / 'run'}")
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from adagrpo_train.cli import evaluate_main; sys.exit(evaluate_main())",
+         *BASE, f"resume={tmp_path / 'run'}", f"hydra.run.dir={tmp_path / 'eval'}"],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    last = [row for row in rows(tmp_path / "run") if "eval/total" in row][-1]
+    printed = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("eval/")}
+    assert printed["eval/smooth"] == pytest.approx(last["eval/smooth"], abs=1e-4)
+    assert (tmp_path / "eval/evaluation.png").is_file()
+
+
+def _load_weights(model: Any, trainable: str, values: dict[str, torch.Tensor]) -> None:
+    from adagrpo_train.runtime.trainable import Full, LoRA
+
+    made = LoRA(rank=16, alpha=32, targets="all") if trainable == "lora" else Full()
+    made.attach(model, seed=0, reference=False)
+    parameters = [p for p in model.transformer.parameters() if p.requires_grad]
+    for i, parameter in enumerate(parameters):
+        parameter.data.copy_(values[str(i)])
+
+
+@torch.no_grad()
+def _render(model: Any, texts: list[str], x: torch.Tensor) -> torch.Tensor:
+    conditions, sigmas = model.encode(texts), model.sigmas
+    for sigma, sigma_next in pairwise(sigmas):
+        velocity = model.velocity(model.transformer, x, sigma.expand(len(x)), conditions)
+        x = x + (sigma_next - sigma) * velocity
+    return x
+
+
+def _rows_so_far(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _wait_for(condition: Any, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
