@@ -185,8 +185,8 @@ def make_tracker(settings: Settings, run_dir: Path, snapshot: Snapshot | None) -
     from adagrpo_train.tracking.jsonl import JsonlTracker
 
     configured = settings.values["tracker"] or {}
-    trackers: dict[str, Tracker] = {"local": JsonlTracker(), "console": ConsoleTracker()}
-    trackers |= {name: _make(section, f"tracker.{name}") for name, section in configured.items()}
+    trackers: list[Tracker] = [JsonlTracker(), ConsoleTracker()]
+    trackers += [_make(section, f"tracker.{name}") for name, section in configured.items()]
     tracker = CompositeTracker(trackers)
     tracker.start(
         RunInfo(

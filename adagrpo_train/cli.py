@@ -81,7 +81,9 @@ def _run(arguments: list[str] | None, usage: str, command: Callable[[Settings], 
 
 
 def _train(settings: Settings) -> None:
+    # Imported here: it takes seconds, and neither --help nor a misspelt key needs it.
     from adagrpo_train import build
+    from adagrpo_train.tracking.report import write_report
 
     engine = build.make_engine(settings)
     snapshot = build.open_snapshot(settings, engine)
@@ -103,6 +105,8 @@ def _train(settings: Settings) -> None:
     finally:
         if tracker:
             tracker.finish(status)
+            report = write_report(run_dir)
+            sys.stdout.write(f"report: {report}\n")
     engine.close()
 
 

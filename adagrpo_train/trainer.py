@@ -147,7 +147,10 @@ class Trainer:
                 metrics |= self._update(rollout.transitions, conditions, advantages, iteration)
         metrics |= self._log_choice(candidates, selection, rewards, iteration)
         spent = self._policy.evaluations - evaluated
-        metrics |= {f"nfe/{kind}": float(spent[kind] * self._engine.world_size) for kind in ("sampling", "training", "reference")}
+        metrics |= {
+            f"nfe/{kind}": float(spent[kind] * self._engine.world_size)
+            for kind in ("sampling", "training", "reference")
+        }
         metrics |= self._timer.drain() | {"memory/peak_bytes": float(peak_memory_bytes())}
         return metrics
 

@@ -18,7 +18,7 @@ from scipy import ndimage, optimize
 from rewards.shapes.draw import BACKGROUND, IMAGE_SIZE, RGB
 from rewards.shapes.grammar import COLOURS, SHAPES, Scene, parse_caption
 
-_FOREGROUND = 85.0  # distance from the background in RGB units
+_COVERAGE = 0.45  # an object's pixel lies at least this far between the background and the full colour
 _MIN_AREA = 8  # pixels
 _SIZE_BOUNDARY = 5.1  # radius in pixels between small and large
 _RADIUS_RANGE = (2.4, 8.2)  # plausible radii in pixels
@@ -31,7 +31,8 @@ _MIN_ASPECT = 0.75
 
 _BACKGROUND = np.asarray(BACKGROUND, np.float32)
 _DIRECTIONS = np.asarray([RGB[colour] for colour in COLOURS], np.float32) - _BACKGROUND
-_DIRECTIONS /= np.linalg.norm(_DIRECTIONS, axis=1, keepdims=True)
+_LENGTHS = np.linalg.norm(_DIRECTIONS, axis=1)
+_DIRECTIONS /= _LENGTHS[:, None]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -114,10 +115,11 @@ def find_components(pixels: FloatArray) -> tuple[list[Component], float]:
     """
     difference = pixels - _BACKGROUND
     norm = np.sqrt((difference * difference).sum(-1))
-    foreground = norm > _FOREGROUND
-    labels, _ = ndimage.label(foreground)
     cosine = (difference @ _DIRECTIONS.T) / np.maximum(norm, 1.0)[..., None]
     nearest = cosine.argmax(-1)
+    coverage = norm / _LENGTHS[nearest]
+    foreground = coverage > _COVERAGE
+    labels, _ = ndimage.label(foreground)
     hue = np.where(cosine.max(-1) > _SAME_HUE, nearest, len(COLOURS))
     components = []
     rest = np.ones_like(foreground)
@@ -128,7 +130,7 @@ def find_components(pixels: FloatArray) -> tuple[list[Component], float]:
             continue
         mask = labels[window] == index
         rest[window] &= ~mask
-        weight = np.minimum(norm[window][mask], 2 * _FOREGROUND)
+        weight = np.minimum(coverage[window][mask], 1.0)
         share = np.bincount(hue[window][mask], weights=weight, minlength=len(COLOURS) + 1) / weight.sum()
         iou = _template_overlap(mask)
         ys, xs = np.nonzero(mask)

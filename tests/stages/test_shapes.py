@@ -294,7 +294,7 @@ def test_relation_needs_distance_along_its_axis() -> None:
 @pytest.mark.parametrize("fill", [(0, 0, 0), BACKGROUND, (255, 255, 255), (128, 128, 128), *RGB.values()])
 def test_uniform_pictures_score_nothing(fill: tuple[int, int, int]) -> None:
     image = np.full((32, 32, 3), fill, np.uint8)
-    for scene in enumerate_scenes()[::9]:
+    for scene in enumerate_scenes()[::67]:
         result = score(image, caption(scene))
         assert result.strict == 0.0
         assert result.smooth < 0.1
@@ -302,7 +302,7 @@ def test_uniform_pictures_score_nothing(fill: tuple[int, int, int]) -> None:
 
 def test_noise_scores_nothing() -> None:
     rng = np.random.default_rng(0)
-    for scene in enumerate_scenes()[::40]:
+    for scene in enumerate_scenes()[::97]:
         image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
         result = score(image, caption(scene))
         assert result.strict == 0.0
@@ -321,7 +321,7 @@ def test_everything_at_once_does_not_pay() -> None:
     for index, centre in enumerate(centres):
         paint(canvas, COLOURS[index % 6], SHAPES[index % 3], centre=centre, radius=3.6)
     image = canvas.round().astype(np.uint8)
-    for scene in enumerate_scenes()[::9]:
+    for scene in enumerate_scenes()[::67]:
         result = score(image, caption(scene))
         assert result.strict == 0.0
         assert result.smooth < 0.45
