@@ -67,7 +67,7 @@ class WandbTracker:
 
     def finish(self, status: str) -> None:
         self._run.summary["status"] = status
-        self._run.finish(exit_code=1 if status == "failed" else 0, quiet=True)
+        self._run.finish(exit_code=1 if status == "failed" else 0)
 
 
 def _auto_mode() -> Literal["online", "offline"]:

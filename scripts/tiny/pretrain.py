@@ -2,7 +2,7 @@
 
 Data parallel over processes started by torchrun::
 
-    torchrun --nproc-per-node 2 -m scripts.tiny.pretrain --out /tmp/tiny --steps 5000
+    torchrun --nproc-per-node 2 -m scripts.tiny.pretrain --out WORK --steps 1600
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rewards.shapes.grammar import caption
+from rewards.shapes.grammar import CLASSES, caption, difficulty_class
 from scripts.tiny import recipe
 
 LOGGER = logging.getLogger(__name__)
@@ -94,6 +94,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--decay-fraction", type=float, default=0.45, help="part of the steps with a falling rate")
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--save-every", type=int, default=400)
+    parser.add_argument("--emphasise", nargs="*", choices=CLASSES, default=[], help="classes to show more often")
+    parser.add_argument("--emphasis", type=float, default=3.0, help="relative frequency of these classes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile of the loss")
     return parser.parse_args()
@@ -108,6 +110,7 @@ def main() -> None:
     latents = torch.load(args.out / "latents.pt", mmap=True)
     scenes = recipe.load_scenes(args.out / "train_scenes.npy")
     all_ids = torch.tensor([recipe.word_ids(caption(scene)) for scene in scenes])
+    frequency = torch.tensor([args.emphasis if difficulty_class(s) in args.emphasise else 1.0 for s in scenes])
     no_caption = torch.tensor(recipe.word_ids(""))
     model = recipe.FlowModel()
     if args.init is not None:
@@ -123,7 +126,7 @@ def main() -> None:
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps=args.steps, peak=args.lr, decay_fraction=args.decay_fraction)
-        chosen = torch.randint(len(latents), (args.batch,))
+        chosen = torch.multinomial(frequency, args.batch, replacement=True)
         ids = all_ids[chosen]
         ids[torch.rand(args.batch) < CAPTION_DROPOUT] = no_caption
         sigma = torch.sigmoid(torch.randn(args.batch) + SIGMA_SHIFT)

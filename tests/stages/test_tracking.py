@@ -1,0 +1,184 @@
+"""What a run leaves behind: files that survive kills and resumes, a real offline W&B run, a self-contained report."""
+
+import json
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from adagrpo_train.tracking.console import ConsoleTracker
+from adagrpo_train.tracking.images import image_grid
+from adagrpo_train.tracking.jsonl import JsonlTracker
+from adagrpo_train.tracking.report import write_report
+from adagrpo_train.tracking.wandb import WandbTracker
+from adagrpo_train.types import RunInfo, SelectedPrompt
+
+IMAGES = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
+CAPTIONS = ["a red circle", "two blue squares", "a small green triangle left of a large yellow square"]
+METRICS = {
+    "reward/mean": 0.5, "curriculum/level": 0.4, "policy/ratio_mean": 1.0, "policy/clip_fraction": 0.0,
+    "policy/grad_norm": 0.1, "time/candidates_seconds": 1.0, "time/rollout_seconds": 1.0, "time/update_seconds": 1.0,
+    "time/iteration_seconds": 3.0,
+}  # fmt: skip
+
+
+def run_info(run_dir: Path, first: int = 0, **changes: Any) -> RunInfo:
+    return RunInfo(**({"run_dir": run_dir, "name": "a run", "config": {"seed": 0}, "total_iterations": 5,
+                       "first_iteration": first, "tracker_state": {}} | changes))  # fmt: skip
+
+
+def prompt(text: str = "a red circle", label: str = "one", chosen: bool = True) -> SelectedPrompt:
+    return SelectedPrompt(3, text, label, 0.5, 0.4, chosen)
+
+
+def recorded(run_dir: Path, iterations: int = 5, text: str = "a red circle") -> JsonlTracker:
+    tracker = JsonlTracker()
+    tracker.start(run_info(run_dir))
+    evaluation = {"eval/total": 0.5, "eval/strict": 0.4, "eval/one/strict": 0.4}
+    tracker.log(evaluation, 0)
+    tracker.log_images("heldout", IMAGES, CAPTIONS, 0)
+    for iteration in range(1, iterations + 1):
+        tracker.log(METRICS | {"reward/mean": iteration / 10, "curriculum/level": float("nan")}, iteration)
+        tracker.log_prompts([prompt(text), prompt("two blue squares", "count", chosen=False)], iteration)
+    tracker.log(evaluation | {"eval/one/strict": 0.9}, iterations)
+    tracker.log_images("heldout", IMAGES, CAPTIONS, iterations)
+    return tracker
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_figures_that_do_not_exist_are_null_and_not_nan(tmp_path: Path) -> None:
+    recorded(tmp_path)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert lines(tmp_path / "metrics.jsonl")[1]["curriculum/level"] is None
+
+
+def test_a_resumed_record_drops_what_came_after_the_checkpoint_and_a_half_line(tmp_path: Path) -> None:
+    recorded(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 6, "rew')
+    JsonlTracker().start(run_info(tmp_path, first=3))
+    assert [row["iteration"] for row in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [row["iteration"] for row in lines(tmp_path / "prompts.jsonl")] == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_new_run_in_an_old_folder_starts_empty(tmp_path: Path) -> None:
+    recorded(tmp_path)
+    JsonlTracker().start(run_info(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_grids_show_every_image_in_its_place() -> None:
+    grid = image_grid(IMAGES, CAPTIONS, columns=2)
+    enlarged = IMAGES[1].repeat(4, axis=0).repeat(4, axis=1)
+    assert (grid[8 : 8 + 128, 8 + 128 + 8 : 8 + 2 * 128 + 8] == enlarged).all()
+
+
+def test_the_console_shows_progress_where_there_is_no_terminal() -> None:
+    output = StringIO()
+    tracker = ConsoleTracker(console=Console(file=output, width=200))
+    tracker.start(run_info(Path("runs/x")))
+    tracker.log({"eval/strict": 0.25}, 0)
+    tracker.log(METRICS, 1)
+    tracker.log({"eval/strict": 0.5}, 5)
+    tracker.finish("completed")
+    text = output.getvalue()
+    assert "reward 0.500  level 0.400  ratio 1.0000" in text
+    assert "strict 0.500 (+0.250)" in text
+    assert "run completed" in text
+
+
+def test_a_report_is_self_contained_and_shows_the_run(tmp_path: Path) -> None:
+    recorded(tmp_path)
+    score = {"before": 0.4, "after": 0.9, "gain": 0.5, "standard_error": 0.02}
+    (tmp_path / "summary.json").write_text(json.dumps({"images": 7, "heldout": {"strict": score}}))
+    page = write_report(tmp_path).read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", page)
+    assert "@import" not in page and "url(" not in page
+    assert page.count("data:image/png;base64,") == 2
+    assert "+0.500" in page and "&plusmn; 0.020" in page
+    assert all(
+        f'alt="Grid of generated images with their captions. Held-out prompts at iteration {i}."' in page
+        for i in (0, 5)
+    )
+    assert len(re.findall(r"<svg [^>]*role=\"img\" aria-label=", page)) == len(re.findall("<svg", page)) == 5
+
+
+def test_hostile_prompts_and_names_do_not_become_markup(tmp_path: Path) -> None:
+    recorded(tmp_path, text="<script>alert(1)</script>")
+    tracker = JsonlTracker()
+    tracker.start(run_info(tmp_path, first=5))
+    tracker.log_prompts([prompt(label="<script>alert(2)</script>")], 5)
+    page = write_report(tmp_path).read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(2)" in page
+
+
+def test_a_run_without_any_row_still_has_a_report_that_says_so(tmp_path: Path) -> None:
+    page = write_report(tmp_path).read_text()
+    assert "No training iteration was recorded" in page
+    assert "No summary" in page
+
+
+@pytest.fixture
+def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_login")
+def test_without_a_login_a_real_offline_run_is_written_and_continued_under_its_id(tmp_path: Path) -> None:
+    tracker = WandbTracker(project="test", entity=None, mode="auto")
+    tracker.start(run_info(tmp_path))
+    tracker.log(METRICS | {"reward/std": float("nan")}, 1)
+    tracker.log_images("heldout", IMAGES, CAPTIONS, 1)
+    tracker.log_prompts([prompt()], 1)
+    state = tracker.state_dict()
+    tracker.finish("completed")
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    logged = list(history(path))
+    keys = {key for row in logged for key in row}
+    assert {"reward/mean", "iteration", "images/heldout", "curriculum/selected_prompts"} <= keys
+    assert [json.loads(row["reward/mean"]) for row in logged if "reward/mean" in row] == [0.5]
+
+    resumed = WandbTracker(project="test", entity=None, mode="auto")
+    resumed.start(run_info(tmp_path, first=1, tracker_state=state))
+    assert resumed.state_dict() == state
+    resumed.finish("completed")
+
+
+def history(path: Path) -> Iterator[dict[str, str]]:
+    """Rows of an offline W&B log: a LevelDB log of protobuf records, in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    block, header = 32768, 7
+    data, position, body = path.read_bytes(), header, b""
+    while position < len(data):
+        left = block - position % block
+        if left < header:
+            position += left
+            continue
+        checksum, length, kind = struct.unpack("<LHB", data[position : position + header])
+        chunk = data[position + header : position + header + length]
+        if kind == 0 and length == 0:
+            position += left
+            continue
+        assert zlib.crc32(chunk, zlib.crc32(bytes([kind]))) & 0xFFFFFFFF == checksum
+        body = chunk if kind in (1, 2) else body + chunk
+        position += header + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(body)
+            if record.HasField("history"):
+                yield {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
