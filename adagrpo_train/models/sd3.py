@@ -184,10 +184,14 @@ def _dtype(name: str) -> torch.dtype:
 
 def _load(path: str, dtype: torch.dtype, text_encoder_3: bool) -> Any:
     from diffusers import StableDiffusion3Pipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
     if looks_local and not (Path(path).expanduser() / "model_index.json").is_file():
         raise ConfigError(f"model.path={path}: no diffusers pipeline there (model_index.json is missing)")
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     without_t5 = {} if text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}
     try:
         return StableDiffusion3Pipeline.from_pretrained(

@@ -1,5 +1,6 @@
 """Processes and devices, through accelerate: who I am, how tensors meet, how gradients flow."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -30,7 +31,9 @@ class Engine:
             raise ConfigError(f"engine.kind={kind}: choose single or ddp")
         if device not in ("auto", "cpu"):
             raise ConfigError(f"engine.device={device}: choose auto or cpu")
-        # The position embedding is a constant buffer; broadcasting it in every forward would only cost time.
+        # The position embedding is a constant buffer; broadcasting it in every forward would only cost time. torch
+        # 2.13 announces another name for the option, which older versions do not know.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
         handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
         self._accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=handlers)
         if kind == "single" and self.world_size > 1:

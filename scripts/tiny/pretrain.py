@@ -126,7 +126,10 @@ def main() -> None:
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps=args.steps, peak=args.lr, decay_fraction=args.decay_fraction)
-        chosen = torch.multinomial(frequency, args.batch, replacement=True)
+        if args.emphasise:
+            chosen = torch.multinomial(frequency, args.batch, replacement=True)
+        else:
+            chosen = torch.randint(len(latents), (args.batch,))
         ids = all_ids[chosen]
         ids[torch.rand(args.batch) < CAPTION_DROPOUT] = no_caption
         sigma = torch.sigmoid(torch.randn(args.batch) + SIGMA_SHIFT)
