@@ -111,7 +111,7 @@ def _train(settings: Settings) -> None:
 
 
 def _summarise(run_dir: Path) -> None:
-    """Write summary.json: held-out scores before and after, and the paired gain with its standard error."""
+    """Write and print the held-out scores before and after, and the paired gain with its standard error."""
     from adagrpo_train.evaluator import paired_gain, read_scores
 
     files = sorted((run_dir / "evaluations").glob("*.jsonl"))
@@ -121,6 +121,10 @@ def _summarise(run_dir: Path) -> None:
         gain, error = paired_gain(before[name], after[name])
         mean = [sum(values) / len(values) for values in (before[name], after[name])]
         summary["heldout"][name] = {"before": mean[0], "after": mean[1], "gain": gain, "standard_error": error}
+        sys.stdout.write(
+            f"held-out {name:<7} {mean[0]:.3f} -> {mean[1]:.3f}   gain {gain:+.3f} +- {error:.3f} "
+            f"(paired over {summary['images']} fixed images)\n"
+        )
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 

@@ -16,9 +16,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
+from adagrpo_train import __version__
 from adagrpo_train.tracking.chart import Line, line_chart, stacked_shares
 
-_VERSIONS = ("adagrpo-train", "torch", "diffusers", "transformers", "accelerate", "peft")
+_VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -43,7 +44,8 @@ def write_report(run_dir: Path) -> Path:
         stages=_stage_table(training),
         health_chart=Markup(_health_chart(training)),
         config=(run_dir / "config.yaml").read_text(encoding="utf-8") if (run_dir / "config.yaml").is_file() else "",
-        versions={name: _version(name) for name in _VERSIONS} | {"python": platform.python_version()},
+        versions={"adagrpo-train": __version__} | {name: _version(name) for name in _VERSIONS},
+        python=platform.python_version(),
         machine=f"{platform.system()} {platform.machine()}",
     )
     target = run_dir / "report.html"
