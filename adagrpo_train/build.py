@@ -158,11 +158,24 @@ def check_continuation(settings: Settings, engine: Engine, snapshot: Snapshot) -
         )
 
 
-def choose_run_dir(settings: Settings) -> Path:
-    """Folder of this run; a resumed run continues in its own folder unless hydra.run.dir names another.
+def choose_run_dir(settings: Settings, engine: Engine) -> Path:
+    """Folder of this run, the same on every rank; a resumed run continues in its own unless hydra.run.dir is given.
 
     In another folder the records so far are copied, so that its metrics and report show the whole run.
+
+    Raises:
+        ConfigError: a new run would write over an old one.
     """
+    run_dir = engine.broadcast(_run_dir(settings) if engine.is_main else None)
+    assert run_dir is not None
+    if settings.values["resume"] is None and engine.broadcast((run_dir / "metrics.jsonl").exists()):
+        raise ConfigError(
+            f"hydra.run.dir={run_dir} already holds a run; continue it with resume={run_dir}, or name another folder"
+        )
+    return run_dir
+
+
+def _run_dir(settings: Settings) -> Path:
     resume = settings.values["resume"]
     if resume is None:
         return settings.run_dir

@@ -89,8 +89,7 @@ def _train(settings: Settings) -> None:
     snapshot = build.open_snapshot(settings, engine)
     if snapshot:
         build.check_continuation(settings, engine, snapshot)
-    run_dir = engine.broadcast(build.choose_run_dir(settings) if engine.is_main else None)
-    assert run_dir is not None
+    run_dir = build.choose_run_dir(settings, engine)
     tracker = None
     trainer, parts = build.make_trainer(settings, engine, run_dir, snapshot)
     status = "failed"

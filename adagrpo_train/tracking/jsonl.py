@@ -26,6 +26,9 @@ class JsonlTracker:
         (self._dir / "images").mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "prompts.jsonl"):
             _keep_until(self._dir / name, run.first_iteration)
+        for path in (*self._dir.glob("images/*_*.png"), *self._dir.glob("evaluations/*.jsonl")):
+            if int(path.stem.rsplit("_", 1)[-1]) > run.first_iteration:
+                path.unlink()
         _write_config(self._dir / "config.yaml", run.config)
 
     def log(self, metrics: dict[str, float], iteration: int) -> None:

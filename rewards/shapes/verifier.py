@@ -119,10 +119,10 @@ def find_components(pixels: FloatArray) -> tuple[list[Component], float]:
     nearest = cosine.argmax(-1)
     coverage = norm / _LENGTHS[nearest]
     foreground = coverage > _COVERAGE
-    labels, _ = ndimage.label(foreground)
+    labels = np.asarray(ndimage.label(foreground)[0])  # pyright: ignore[reportIndexIssue, reportGeneralTypeIssues]
     hue = np.where(cosine.max(-1) > _SAME_HUE, nearest, len(COLOURS))
     components = []
-    rest = np.ones_like(foreground)
+    rest = np.ones(foreground.shape, dtype=np.bool_)
     areas = np.bincount(labels.reshape(-1))
     for index, window in enumerate(ndimage.find_objects(labels), start=1):
         area = int(areas[index])
@@ -145,7 +145,7 @@ def find_components(pixels: FloatArray) -> tuple[list[Component], float]:
             )
         )
     if components:
-        rest = ~ndimage.binary_dilation(~rest)  # anti-aliased rims belong to the objects
+        rest = ~np.asarray(ndimage.binary_dilation(~rest), dtype=np.bool_)  # anti-aliased rims belong to the objects
     haze = float(norm[rest].mean()) if rest.any() else float(norm.mean())
     return components, haze
 
@@ -180,7 +180,7 @@ def _template_overlap(mask: npt.NDArray[np.bool_]) -> FloatArray:
 
 
 def _sigmoid(value: float | FloatArray) -> FloatArray:
-    return 1.0 / (1.0 + np.exp(-np.clip(np.asarray(value, np.float32), -30.0, 30.0)))
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(np.asarray(value, np.float32), -30.0, 30.0))), np.float32)
 
 
 def _agreement(

@@ -129,7 +129,8 @@ def write_grid(path: Path, images: npt.NDArray[np.uint8], *, per_class: int, col
         for start in range(0, len(images), per_class)
     ]
     grid = Image.fromarray(np.concatenate(rows, axis=0))
-    grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST).save(path, optimize=True)
+    grid = grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST)
+    grid.quantize(128).save(path, optimize=True)
 
 
 if __name__ == "__main__":

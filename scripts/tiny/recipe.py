@@ -1,4 +1,4 @@
-"""Architecture, tokenizer and small helpers shared by the scripts that make the bundled `tiny_sd3` model."""
+"""Architecture, tokenizer and small functions shared by the scripts that make the bundled `tiny_sd3` model."""
 
 from __future__ import annotations
 

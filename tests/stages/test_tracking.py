@@ -71,6 +71,16 @@ def test_a_resumed_record_drops_what_came_after_the_checkpoint_and_a_half_line(t
     assert [row["iteration"] for row in lines(tmp_path / "prompts.jsonl")] == [1, 1, 2, 2, 3, 3]
 
 
+def test_a_resumed_record_drops_later_images_and_evaluations(tmp_path: Path) -> None:
+    recorded(tmp_path)
+    (tmp_path / "evaluations").mkdir()
+    for iteration in (0, 5):
+        (tmp_path / "evaluations" / f"{iteration:06d}.jsonl").write_text("")
+    JsonlTracker().start(run_info(tmp_path, first=3))
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["heldout_000000.png"]
+    assert [path.name for path in (tmp_path / "evaluations").iterdir()] == ["000000.jsonl"]
+
+
 def test_a_new_run_in_an_old_folder_starts_empty(tmp_path: Path) -> None:
     recorded(tmp_path)
     JsonlTracker().start(run_info(tmp_path))

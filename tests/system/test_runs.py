@@ -69,6 +69,13 @@ def test_a_run_leaves_the_promised_folder(tmp_path: Path) -> None:
     assert [row["iteration"] for row in rows(tmp_path / "run") if "policy/loss" in row] == [1, 2]
 
 
+def test_a_new_run_does_not_write_over_an_old_one(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    done = run(f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 2
+    assert "already holds a run" in done.stderr
+
+
 @pytest.mark.parametrize("plan", ["every_step", "branch"])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(plan: str, tmp_path: Path) -> None:
     settings = ["iterations=4", "checkpoint.every=2", "evaluation.every=2", f"plan={plan}"]
