@@ -49,7 +49,7 @@ def make_parts(settings: Settings, engine: Engine) -> Parts:
     """Model, policy, sampler, scorer and evaluator."""
     values = settings.values
     # Prompt files are read before the model is loaded: a wrong path should not cost a minute.
-    heldout = read_prompts(Path(values["prompts"]["evaluation_path"]))
+    heldout = read_prompts(Path(values["prompts"]["evaluation_path"]), key="prompts.evaluation_path")
     model = _make(values["model"], "model", device=engine.device)
     sampler = FlowSampler(
         transition=_make(values["algorithm"]["transition"], "algorithm.transition"),
@@ -158,6 +158,17 @@ def check_continuation(settings: Settings, engine: Engine, snapshot: Snapshot) -
         )
 
 
+def check_same_model(settings: Settings, snapshot: Snapshot) -> None:
+    """Refuse to score a checkpoint under another model, choice of trained weights or reward than its own.
+
+    Raises:
+        CheckpointError: names the differing keys.
+    """
+    sections = ("model", "trainable", "reward")
+    saved, present = ({name: values[name] for name in sections} for values in (snapshot.config, settings.values))
+    checkpoint.check_compatible(saved, present, free=())
+
+
 def choose_run_dir(settings: Settings, engine: Engine) -> Path:
     """Folder of this run, the same on every rank; a resumed run continues in its own unless hydra.run.dir is given.
 
@@ -237,5 +248,5 @@ def _make(section: dict[str, Any], key: str, **arguments: Any) -> Any:
         if cause is not None:
             raise cause from error
         raise ConfigError(f"{key}: {error}") from error
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}: {error}") from error

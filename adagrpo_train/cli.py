@@ -137,6 +137,7 @@ def _evaluate(settings: Settings) -> None:
     snapshot = build.open_snapshot(settings, engine)
     parts = build.make_parts(settings, engine)
     if snapshot:
+        build.check_same_model(settings, snapshot)
         parts.policy.load_state_dict(snapshot.tensors)
     evaluation = parts.evaluator.evaluate(parts.policy)
     if engine.is_main:

@@ -93,8 +93,8 @@ def _compose(overrides: list[str], *, known: list[str] | None = None, groups: li
             return hydra.compose("train", overrides=overrides, return_hydra_config=True)
     except HydraException as error:
         raise ConfigError(_explain(error, known or [], groups or [])) from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error)) from error
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{' '.join(overrides)}: {error}") from error
 
 
 def _plain(config: DictConfig, *, resolve: bool) -> dict[str, Any]:
@@ -157,12 +157,20 @@ def _check_values(values: Any, plain: Any, prefix: str = "") -> None:
             if name != "reward.weights":
                 _check_values(value, default, f"{name}.")
         elif not _fits(value, default):
-            raise ConfigError(f"{name}={value}: expected {_kind(default)}, as in the default {default}")
+            shown = "null" if value is None else value
+            raise ConfigError(f"{name}={shown}: expected {_kind(default)}, as in the default {default}")
+    missing = [f"{prefix}{key}" for key in plain if key not in values and prefix != "tracker."]
+    if missing:
+        raise ConfigError(f"{missing[0]} was deleted; every setting is needed")
 
 
 def _fits(value: Any, default: Any) -> bool:
-    if default is None or value is None or (isinstance(default, str) and default.startswith("${")):
-        return True
+    if isinstance(default, str) and default.startswith("${algorithm"):
+        return isinstance(value, dict)
+    if default is None:
+        return value is None or isinstance(value, str)
+    if isinstance(default, list) and isinstance(value, list):
+        return all(_fits(item, default[0]) for item in value)
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(value, bool) and isinstance(default, bool)
     if isinstance(default, float):

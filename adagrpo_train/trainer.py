@@ -111,12 +111,12 @@ class Trainer:
                 done = iteration + 1
                 if self._tracker:
                     self._tracker.log(metrics, done)
+                stopping = any(self._engine.gather_objects(stop.requested)) and done < self._schedule.iterations
                 if done == self._schedule.iterations or _due(done, self._schedule.evaluate_every):
                     self._evaluate(done)
-                stopping = any(self._engine.gather_objects(stop.requested))
                 if stopping or done == self._schedule.iterations or _due(done, self._schedule.save_every):
                     self._save(done)
-                if stopping and done < self._schedule.iterations:
+                if stopping:
                     return "interrupted"
         return "completed"
 
@@ -218,18 +218,19 @@ class Trainer:
         """Visit every transition once per inner epoch, in `updates_per_iteration` optimizer steps."""
         records: defaultdict[str, list[float]] = defaultdict(list)
         per_epoch = self._schedule.updates_per_iteration // self._schedule.inner_epochs
-        if len(batches) < per_epoch:
-            raise ConfigError(
-                f"updates_per_iteration={self._schedule.updates_per_iteration}: an inner epoch has only {len(batches)} "
-                f"batches on each process for {per_epoch} updates; lower micro_batch or updates_per_iteration"
-            )
         for epoch in range(self._schedule.inner_epochs):
             generator = torch.Generator().manual_seed(_order_seed(self._schedule.seed, iteration, epoch))
             order = torch.randperm(len(batches), generator=generator)
             for rows in torch.tensor_split(order, per_epoch):
                 self._optimizer_step([batches[row] for row in rows.tolist()], conditions, advantages, records)
-        metrics = {name: sum(values) / len(values) for name, values in records.items() if not name.endswith("_max")}
-        metrics |= {name.removesuffix("_max"): max(values) for name, values in records.items() if name.endswith("_max")}
+        metrics: dict[str, float] = {}
+        everywhere = self._engine.gather_objects(dict(records))
+        for name in records:
+            values = [value for rank in everywhere for value in rank[name]]
+            if name.endswith("_max"):
+                metrics[name.removesuffix("_max")] = max(values)
+            else:
+                metrics[name] = sum(values) / len(values)
         return metrics | {
             "policy/updates": float(self._schedule.updates_per_iteration),
             "policy/lr": float(self._optimizer.param_groups[0]["lr"]),
@@ -324,6 +325,13 @@ class Trainer:
             count = getattr(self._curriculum, key)
             if count % world:
                 raise ConfigError(f"curriculum.{key}={count} must be a multiple of the {world} processes")
+        batches = self._sampler.batches(self._curriculum.chosen // world)
+        per_epoch = self._schedule.updates_per_iteration // self._schedule.inner_epochs
+        if batches < per_epoch:
+            raise ConfigError(
+                f"updates_per_iteration={self._schedule.updates_per_iteration}: an inner epoch has only {batches} "
+                f"batches on each process for {per_epoch} updates; lower micro_batch or updates_per_iteration"
+            )
 
 
 def _share(rows: list[int], engine: Engine) -> list[int]:

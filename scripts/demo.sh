@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the tiny demo on this machine's CPU and says where its report lies. Arguments go to the training command:
-#   scripts/demo.sh algorithm=mix_grpo
+#   scripts/demo.sh seed=1
 # shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$repo"

@@ -2,7 +2,7 @@
 # Runs the tests: the fast ones, then the slow ones. Other options go to pytest:
 #   scripts/test.sh                all tests
 #   scripts/test.sh --fast         only the fast ones
-#   scripts/test.sh -n 2 -k nft    two workers, only tests with nft in their name
+#   scripts/test.sh -n 2 -k branch two workers, only tests with branch in their name
 # shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$repo"

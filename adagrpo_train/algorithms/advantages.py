@@ -30,6 +30,8 @@ class Group:
     def __post_init__(self) -> None:
         if self.std not in ("group", "global"):
             raise ConfigError(f"advantage.std={self.std}: choose group or global")
+        if not self.limit > 0 or not self.eps > 0:
+            raise ConfigError(f"advantage.limit={self.limit}, advantage.eps={self.eps}: both must be > 0")
 
     def __call__(self, rewards: Tensor, group: Tensor, level: Level | None) -> Tensor:
         return self.local(rewards, group)

@@ -61,8 +61,8 @@ class CPS:
 
 
 def _require_positive(name: str, value: float) -> None:
-    if not value > 0:
+    if not 0 < value < float("inf"):
         key = name.split(".")[1]
         raise ConfigError(
-            f"algorithm.transition.{key}={value}: a policy gradient needs stochastic steps, so {name} must be > 0"
+            f"algorithm.transition.{key}={value}: a policy gradient needs stochastic steps, so this must be > 0"
         )

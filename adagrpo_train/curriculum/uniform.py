@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from adagrpo_train.curriculum.level import LevelTracker
+from adagrpo_train.errors import ConfigError
 from adagrpo_train.types import Level, Selection
 
 
@@ -19,6 +20,8 @@ class Uniform:
     scores_candidates = False
 
     def __init__(self, *, chosen: int, alpha: float, per_rank: bool) -> None:
+        if chosen < 1:
+            raise ConfigError(f"curriculum.chosen={chosen}: must be >= 1")
         self.candidates = self.chosen = chosen
         self.per_rank = per_rank
         self._tracker = LevelTracker(alpha=alpha)

@@ -63,6 +63,8 @@ class SD3Model:
             raise ConfigError(f"model.num_steps={num_steps}: need at least 2, one of them stochastic")
         if schedule not in ("sd3", "uniform"):
             raise ConfigError(f"model.schedule={schedule}: choose sd3 or uniform")
+        if decode_batch < 1:
+            raise ConfigError(f"model.decode_batch={decode_batch}: must be >= 1")
         if guidance_scale < 1:
             raise ConfigError(f"model.guidance_scale={guidance_scale}: must be >= 1; 1 switches guidance off")
         self.dtype, self.device = _dtype(dtype), device

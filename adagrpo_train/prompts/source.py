@@ -10,32 +10,34 @@ from adagrpo_train.errors import CheckpointError, ConfigError, PromptError
 from adagrpo_train.types import Prompts
 
 
-def read_prompts(path: Path) -> Prompts:
+def read_prompts(path: Path, *, key: str = "prompts.path") -> Prompts:
     """Read a text file (one prompt per line) or a .jsonl file (objects with "prompt" and, if known, "class").
 
     Blank lines are skipped; the id of a prompt is its line number, counted from 0.
+
+    Args:
+        key: the configuration key that names the file, for messages.
 
     Raises:
         PromptError: the file is absent, not UTF-8, empty, or a line is not as described.
     """
     if not path.is_file():
-        raise PromptError(f"prompts.path={path}: no such file")
+        raise PromptError(f"{key}={path}: no such file")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise PromptError(f"prompts.path={path}: not UTF-8 text ({error}); save it as UTF-8") from error
+        raise PromptError(f"{key}={path}: not UTF-8 text ({error}); save it as UTF-8") from error
     numbered = [(number, line.strip()) for number, line in enumerate(lines) if line.strip()]
     if not numbered:
-        raise PromptError(f"prompts.path={path}: the file holds no prompt; write one per line")
-    rows = [(n, *_parse(path, n, line)) for n, line in numbered]
+        raise PromptError(f"{key}={path}: the file holds no prompt; write one per line")
+    rows = [(n, *_parse(f"{key}={path}, line {n + 1}", path.suffix, line)) for n, line in numbered]
     ids, texts, classes = zip(*rows, strict=True)
     return Prompts(ids, texts, classes)
 
 
-def _parse(path: Path, number: int, line: str) -> tuple[str, str]:
-    if path.suffix != ".jsonl":
+def _parse(where: str, suffix: str, line: str) -> tuple[str, str]:
+    if suffix != ".jsonl":
         return line, ""
-    where = f"prompts.path={path}, line {number + 1}"
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

@@ -72,6 +72,13 @@ class FlowSampler:
         """Noisy and trained steps of an iteration, the same on every rank."""
         return self._plan.steps(iteration, self.num_steps, self._seed)
 
+    def batches(self, prompts: int) -> int:
+        """Network batches of one rollout of `prompts` prompts: the finest split into optimizer steps."""
+        trained = len(self.steps(0).trained)
+        if self._plan.branches:
+            return -(-prompts * trained // self._micro_batch)
+        return -(-prompts * self._group_size // self._micro_batch) * trained
+
     @torch.no_grad()
     def trunks(self, velocity: Velocity, conditions: Conditions, prompts: Prompts, iteration: int) -> Trunks:
         """One noise-free trajectory per prompt, keeping the states that groups may branch from."""

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adagrpo_train.errors import CheckpointError
+from adagrpo_train.errors import CheckpointError, ConfigError
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -51,6 +51,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int) -> None:
+        if keep < 1:
+            raise ConfigError(f"checkpoint.keep={keep}: must be >= 1")
         self._folder, self._keep = folder, keep
 
     def save(self, snapshot: Snapshot) -> Path:
@@ -72,8 +74,14 @@ class Checkpoints:
         (draft / _MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1), encoding="utf-8")
         for path in (*draft.iterdir(), draft):
             _flush(path)
-        shutil.rmtree(target, ignore_errors=True)
-        draft.rename(target)
+        if target.exists():
+            replaced = self._folder / f".replaced_{target.name}"
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
+            draft.rename(target)
+            shutil.rmtree(replaced)
+        else:
+            draft.rename(target)
         _flush(self._folder)
         for old in sorted(self._folder.glob("iteration_*"))[: -self._keep]:
             shutil.rmtree(old)

@@ -1,5 +1,6 @@
 """Processes and devices, through accelerate: who I am, how tensors meet, how gradients flow."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -7,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import KwargsHandler, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, KwargsHandler, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from adagrpo_train.errors import ConfigError
@@ -35,7 +36,15 @@ class Engine:
         # 2.13 announces another name for the option, which older versions do not know.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
         handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-        self._accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=handlers)
+        # What `accelerate config` once wrote must not change the arithmetic: precision is model.dtype, and
+        # accumulation is ours.
+        os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+        self._accelerator = Accelerator(
+            cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers
+        )
+        kind_launched = self._accelerator.distributed_type
+        if kind_launched in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            raise ConfigError(f"launched with {kind_launched.value}; this version trains with engine=ddp or single")
         if kind == "single" and self.world_size > 1:
             raise ConfigError(f"engine=single, but {self.world_size} processes were launched; use engine=ddp")
 
@@ -73,6 +82,9 @@ class Engine:
         """Rows of all ranks [world * N, ...], rank by rank; every rank holds equally many."""
         if self.world_size == 1:
             return tensor
+        if tensor.numel() == 0:
+            # Backends differ in whether they can gather nothing.
+            return tensor.new_empty((self.world_size * len(tensor), *tensor.shape[1:]))
         return self._accelerator.gather(tensor.contiguous().to(self.device)).to(tensor.device)  # pyright: ignore[reportAttributeAccessIssue]
 
     def gather_objects(self, value: T) -> list[T]:

@@ -34,6 +34,8 @@ class LoRA:
     def __init__(self, *, rank: int, alpha: int, targets: str) -> None:
         if rank < 1:
             raise ConfigError(f"trainable.rank={rank}: must be >= 1")
+        if alpha <= 0:
+            raise ConfigError(f"trainable.alpha={alpha}: must be > 0, or the adapters do nothing")
         self._rank, self._alpha, self._targets = rank, alpha, targets
 
     def attach(self, model: ExportableModel, *, seed: int, reference: bool) -> None:

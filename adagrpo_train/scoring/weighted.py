@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from adagrpo_train.errors import RewardError
+from adagrpo_train.errors import ConfigError, RewardError
 from adagrpo_train.interfaces import Reward
 from adagrpo_train.types import Scores
 
@@ -16,9 +16,17 @@ class WeightedScorer:
     Args:
         reward: returns one list of numbers per part.
         weights: part -> weight in the total; parts without a weight are logged only.
+
+    Raises:
+        ConfigError: no weight, or one that is not a finite number.
     """
 
     def __init__(self, *, reward: Reward, weights: dict[str, float]) -> None:
+        if not weights:
+            raise ConfigError("reward.weights is empty: name at least one part of the reward")
+        for name, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise ConfigError(f"reward.weights.{name}={weight}: expected a finite number")
         self._reward, self._weights = reward, weights
 
     def score(self, images: np.ndarray, prompts: list[str]) -> Scores:
@@ -32,7 +40,10 @@ class WeightedScorer:
             RewardError: a part is missing, has the wrong count, or holds a value that is not finite. A failed
                 reward stops the run; it never becomes a number.
         """
-        parts = self._reward.score(images, prompts)
+        try:
+            parts = self._reward.score(images, prompts)
+        except ValueError as error:
+            raise RewardError(f"the reward refused an image or a prompt: {error}") from error
         missing = sorted(set(self._weights) - set(parts))
         if missing:
             raise RewardError(f"reward.weights names {missing}; the reward returns {sorted(parts)}")
