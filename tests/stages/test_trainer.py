@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adagrpo_train.algorithms.advantages import CrossLevel
-from adagrpo_train.errors import ConfigError, RewardError, TrainingError
+from adagrpo_train.errors import RewardError, TrainingError
 from adagrpo_train.types import Level
 from tests.support import Memory, make_trainer
 
@@ -216,9 +216,23 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(tmp_
     assert all(torch.equal(a, b) for a, b in zip(before, parts.policy.parameters, strict=True))
 
 
-def test_more_updates_than_batches_is_refused_before_the_first_update(tmp_path: Path) -> None:
-    trainer, _, _ = make_trainer("updates_per_iteration=99", run_dir=tmp_path)
-    with pytest.raises(ConfigError, match="lower micro_batch or updates_per_iteration"):
+@pytest.mark.parametrize("plan", ["every_step", "random_steps", "branch"])
+@pytest.mark.parametrize("micro_batch", [1, 3, 64])
+def test_the_batches_counted_before_a_run_are_those_of_its_rollouts(
+    plan: str, micro_batch: int, tmp_path: Path
+) -> None:
+    trainer, parts, _ = make_trainer(f"plan={plan}", f"micro_batch={micro_batch}", run_dir=tmp_path)
+    prompts = trainer._prompts.next(2)
+    conditions = parts.policy.encode(list(prompts.texts))
+    rollout = parts.sampler.roll_out(parts.policy.velocity, conditions, prompts, None, 0)
+    assert parts.sampler.batches(2) == len(rollout.transitions)
+
+
+def test_a_prompt_that_the_reward_refuses_stops_the_run_with_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\na dog\n")
+    trainer, _, _ = make_trainer(f"prompts.path={path}", run_dir=tmp_path)
+    with pytest.raises(RewardError, match=r"a (cat|dog)"):
         trainer.train(Memory())
 
 

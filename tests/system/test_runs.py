@@ -95,14 +95,15 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(plan: 
     assert rows(tmp_path / "straight") == rows(tmp_path / "killed")
 
 
-def test_sigterm_saves_and_exits_cleanly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_saves_and_exits_cleanly(number: signal.Signals, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = subprocess.Popen(
         command("iterations=500", "checkpoint.every=0", f"hydra.run.dir={run_dir}"), env=environment(), cwd=ROOT
     )
     try:
         _wait_for(lambda: len(_rows_so_far(run_dir)) > 2)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
@@ -118,10 +119,15 @@ def test_a_changed_configuration_is_not_continued(tmp_path: Path) -> None:
     assert "seed: 0 -> 7" in done.stderr
 
 
-def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [["trainable=lora"], ["trainable=full", "plan=branch", "algorithm.objective.kl_weight=0.1", "optimizer.lr=1e-4"]],
+    ids=["lora", "full, branches, kl"],
+)
+def test_two_processes_give_the_result_of_one(overrides: list[str], tmp_path: Path) -> None:
     """Same prompts, noise, rewards and level; weights to the rounding of differently ordered sums."""
     for processes in (1, 2):
-        succeed("iterations=2", f"hydra.run.dir={tmp_path / str(processes)}", processes=processes)
+        succeed("iterations=2", *overrides, f"hydra.run.dir={tmp_path / str(processes)}", processes=processes)
     one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
     assert (tmp_path / "1/prompts.jsonl").read_text() == (tmp_path / "2/prompts.jsonl").read_text()
     for first, second in zip(one, two, strict=True):
@@ -136,7 +142,7 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_stock_diffusers_loads_the_export_and_draws_the_same_image(trainable: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    succeed(f"trainable={trainable}", "weight_average.decay=0.0", f"hydra.run.dir={run_dir}")
+    succeed(f"trainable={trainable}", f"hydra.run.dir={run_dir}")
     without_t5 = {"text_encoder_3": None, "tokenizer_3": None, "dtype": torch.float32}
     pipe = StableDiffusion3Pipeline.from_pretrained(run_dir / "export" if trainable == "full" else MID, **without_t5)
     if trainable == "lora":
@@ -144,7 +150,7 @@ def test_stock_diffusers_loads_the_export_and_draws_the_same_image(trainable: st
     pipe.set_progress_bar_config(disable=True)
 
     model = tiny_model(num_steps=6)
-    _load_weights(model, trainable, weights(run_dir)["trainable"])
+    _load_weights(model, trainable, weights(run_dir)["average"])
     texts = ["a red circle", "two blue squares"]
     noise = keyed_noise([NoiseKey(0, 0, n, 0, INITIAL) for n in range(2)], model.latent_shape)
     sigmas = np.linspace(1, 1 / 6, 6).tolist()
