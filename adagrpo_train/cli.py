@@ -14,7 +14,8 @@ from adagrpo_train.settings import Settings, group_options, read_settings
 
 _TRAIN_HELP = """\
 usage: adagrpo-train [key=value ...]
-       accelerate launch --num_processes N -m adagrpo_train [key=value ...]
+       accelerate launch --multi_gpu --num_processes N -m adagrpo_train [key=value ...]
+       (with ACCELERATE_USE_CPU=true in the environment: N processes on the CPU)
 
 Train a flow-matching text-to-image model with RL. Without arguments: the embedded tiny model, on any machine.
 

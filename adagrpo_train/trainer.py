@@ -87,10 +87,10 @@ class Trainer:
         self._advantage, self._objective, self._policy, self._optimizer = advantage, objective, policy, optimizer
         self._evaluator, self._checkpoints = evaluator, checkpoints
         self._engine, self._schedule, self._run_dir, self._config = engine, schedule, run_dir, config
-        self._first, self._updates, self._saved_at = 0, 0, -1
+        self._first, self._updates = 0, 0
         self._timer = StageTimer()
         self._tracker: Tracker | None = None
-        self._check_shares()
+        self._check_counts()
 
     def train(self, tracker: Tracker | None) -> str:
         """Run until the last iteration, or until asked to stop.
@@ -318,8 +318,11 @@ class Trainer:
             _log.info("saved %s", path)
         self._engine.wait()
 
-    def _check_shares(self) -> None:
-        """Ranks hold equally many prompts: then no gather needs padding and every gradient has equal weight."""
+    def _check_counts(self) -> None:
+        """Refuse counts that cannot work: of prompts per process, and of updates per inner epoch.
+
+        Ranks hold equally many prompts: then no gather needs padding and every gradient has equal weight.
+        """
         world = self._engine.world_size
         for key in ("candidates", "chosen"):
             count = getattr(self._curriculum, key)
