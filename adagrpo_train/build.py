@@ -2,32 +2,41 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from adagrpo_train.errors import AdaGRPOError, CheckpointError, ConfigError
 from adagrpo_train.evaluator import Evaluator
+from adagrpo_train.functional.schedules import warmup_constant_anneal
 from adagrpo_train.interfaces import Tracker
 from adagrpo_train.prompts.source import PromptFile, read_prompts
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime import checkpoint
 from adagrpo_train.runtime.checkpoint import Checkpoints, Snapshot
 from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.runtime.files import fingerprint
 from adagrpo_train.runtime.policy import Policy
 from adagrpo_train.scoring.weighted import WeightedScorer
 from adagrpo_train.settings import Settings
 from adagrpo_train.trainer import Schedule, Trainer
 from adagrpo_train.types import RunInfo
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-FREE_ON_RESUME = ("iterations", "resume", "tracker", "evaluation.every", "checkpoint", "name", "engine")
+FREE_ON_RESUME = ("iterations", "resume", "tracker", "evaluation.every", "checkpoint", "name", "engine.kind")
 """Keys that may differ between a checkpoint and the run that continues from it: they do not change the result."""
+
+INPUTS = ("model.path", "prompts.path", "prompts.evaluation_path")
+"""Keys that name files: a run continues from any place that holds the same contents."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ def make_parts(settings: Settings, engine: Engine) -> Parts:
         prompts=heldout,
         images=evaluation["images"],
         grid_images=evaluation["grid_images"],
-        batch=evaluation["batch"],
+        batch=values["micro_batch"],
         seed=evaluation["seed"],
         latent_shape=model.latent_shape,
         sampler=sampler,
@@ -104,6 +113,7 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
     advantage = _make(values["advantage"], "advantage")
     objective = _make(values["algorithm"]["objective"], "algorithm.objective")
     parts = make_parts(settings, engine)
+    optimizer = _make(values["optimizer"], "optimizer", params=parts.policy.parameters)
     trainer = Trainer(
         prompts=prompts,
         curriculum=curriculum,
@@ -112,13 +122,15 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         advantage=advantage,
         objective=objective,
         policy=parts.policy,
-        optimizer=_make(values["optimizer"], "optimizer", params=parts.policy.parameters),
+        optimizer=optimizer,
+        rates=_rates(optimizer, values),
         evaluator=parts.evaluator,
         checkpoints=Checkpoints(run_dir / "checkpoints", keep=values["checkpoint"]["keep"]),
         engine=engine,
         schedule=schedule,
         run_dir=run_dir,
         config=values,
+        inputs=inputs_of(settings),
     )
     if snapshot:
         trainer.restore(snapshot)
@@ -130,32 +142,36 @@ def open_snapshot(settings: Settings, engine: Engine) -> Snapshot | None:
     resume = settings.values["resume"]
     if resume is None:
         return None
-    path = engine.broadcast(_found(Path(resume)) if engine.is_main else None)
-    if isinstance(path, AdaGRPOError):
-        raise path
-    assert path is not None
+    path = _on_main(engine, lambda: _checkpoint(settings))
     _log.info("reading %s", path)
     return checkpoint.load(path)
+
+
+def inputs_of(settings: Settings) -> dict[str, str]:
+    """Fingerprints of the files that `INPUTS` name; of a hub id nothing is known."""
+    paths = {key: Path(_value(settings, key)).expanduser() for key in INPUTS}
+    return {key: fingerprint(path) for key, path in paths.items() if path.exists()}
 
 
 def check_continuation(settings: Settings, engine: Engine, snapshot: Snapshot) -> None:
     """Refuse to continue a run that would then not be the same run.
 
     Raises:
-        CheckpointError: another configuration or number of processes.
-        ConfigError: nothing is left to do.
+        CheckpointError: another configuration, other inputs or another number of processes.
+        ConfigError: the run has already gone further.
     """
-    checkpoint.check_compatible(snapshot.config, settings.values, free=FREE_ON_RESUME)
+    resume, iterations = settings.values["resume"], settings.values["iterations"]
+    free = FREE_ON_RESUME + _same_inputs(settings, snapshot)
+    if settings.values["lr_schedule"]["anneal_iterations"]:
+        free = tuple(key for key in free if key != "iterations")  # the fall of the rate is counted from the end
+    checkpoint.check_compatible(snapshot.config, settings.values, free=free)
     if len(snapshot.per_rank) != engine.world_size:
         raise CheckpointError(
-            f"resume={settings.values['resume']}: the checkpoint was made by {len(snapshot.per_rank)} processes, "
+            f"resume={resume}: the checkpoint was made by {len(snapshot.per_rank)} processes, "
             f"this run has {engine.world_size}; launch as many"
         )
-    if snapshot.iteration >= settings.values["iterations"]:
-        raise ConfigError(
-            f"resume={settings.values['resume']} is already at iteration {snapshot.iteration}; "
-            "set iterations above it to go on"
-        )
+    if snapshot.iteration > iterations:
+        raise ConfigError(f"resume={resume} is already at iteration {snapshot.iteration}, beyond {iterations=}")
 
 
 def check_same_model(settings: Settings, snapshot: Snapshot) -> None:
@@ -166,40 +182,69 @@ def check_same_model(settings: Settings, snapshot: Snapshot) -> None:
     """
     sections = ("model", "trainable", "reward")
     saved, present = ({name: values[name] for name in sections} for values in (snapshot.config, settings.values))
-    checkpoint.check_compatible(saved, present, free=())
+    # The prompts are free here: scoring others is what the command is for.
+    checkpoint.check_compatible(saved, present, free=_same_inputs(settings, snapshot, keys=("model.path",)))
 
 
-def choose_run_dir(settings: Settings, engine: Engine) -> Path:
+def choose_run_dir(settings: Settings, engine: Engine, snapshot: Snapshot | None) -> Path:
     """Folder of this run, the same on every rank; a resumed run continues in its own unless hydra.run.dir is given.
 
     In another folder the records so far are copied, so that its metrics and report show the whole run.
 
     Raises:
-        ConfigError: a new run would write over an old one.
+        ConfigError: a new run would write over an old one, or a continued one over its own later part; or nothing
+            is left to do.
     """
-    run_dir = engine.broadcast(_run_dir(settings) if engine.is_main else None)
-    assert run_dir is not None
-    if settings.values["resume"] is None and engine.broadcast((run_dir / "metrics.jsonl").exists()):
+    if snapshot is None:
+        return _on_main(engine, lambda: _new_run_dir(settings))
+    return _on_main(engine, lambda: _continued_run_dir(settings, snapshot))
+
+
+def _new_run_dir(settings: Settings) -> Path:
+    _refuse_used(settings.run_dir)
+    return settings.run_dir
+
+
+def _checkpoint(settings: Settings) -> Path:
+    # Resolved: the run's folder is two above, and a link such as `latest` has another name than its checkpoint.
+    return checkpoint.find(Path(settings.values["resume"]).expanduser().resolve())
+
+
+def _continued_run_dir(settings: Settings, snapshot: Snapshot) -> Path:
+    resume = settings.values["resume"]
+    path = _checkpoint(settings)
+    source = path.parent.parent
+    if settings.run_dir_given and settings.run_dir.resolve() != source:
+        _refuse_used(settings.run_dir)
+        _copy_records(source, settings.run_dir)
+        return settings.run_dir
+    later = checkpoint.later_than(path)
+    if later:
+        raise ConfigError(
+            f"resume={resume}: {source} goes on to {later[-1].name}; resume={source} continues there, "
+            "hydra.run.dir=ANOTHER_FOLDER goes on from this one beside it"
+        )
+    if snapshot.iteration == settings.values["iterations"] and (source / "summary.json").exists():
+        raise ConfigError(
+            f"resume={resume} is finished at iteration {snapshot.iteration}; set iterations above it to go on"
+        )
+    return source
+
+
+def _refuse_used(run_dir: Path) -> None:
+    if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
         raise ConfigError(
             f"hydra.run.dir={run_dir} already holds a run; continue it with resume={run_dir}, or name another folder"
         )
-    return run_dir
 
 
-def _run_dir(settings: Settings) -> Path:
-    resume = settings.values["resume"]
-    if resume is None:
-        return settings.run_dir
-    source = checkpoint.find(Path(resume)).parent.parent
-    if not settings.run_dir_given or settings.run_dir.resolve() == source.resolve():
-        return source
-    settings.run_dir.mkdir(parents=True, exist_ok=True)
+def _copy_records(source: Path, run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "prompts.jsonl", "evaluations", "images"):
         if (source / name).is_dir():
-            shutil.copytree(source / name, settings.run_dir / name, dirs_exist_ok=True)
+            shutil.copytree(source / name, run_dir / name, dirs_exist_ok=True)
         elif (source / name).is_file():
-            shutil.copy2(source / name, settings.run_dir / name)
-    return settings.run_dir
+            shutil.copy2(source / name, run_dir / name)
 
 
 def make_tracker(settings: Settings, run_dir: Path, snapshot: Snapshot | None) -> Tracker:
@@ -220,6 +265,7 @@ def make_tracker(settings: Settings, run_dir: Path, snapshot: Snapshot | None) -
             total_iterations=settings.values["iterations"],
             first_iteration=snapshot.iteration if snapshot else 0,
             tracker_state=snapshot.state["tracker"] if snapshot else {},
+            beside=snapshot is not None and run_dir.resolve() != _checkpoint(settings).parent.parent,
         )
     )
     return tracker
@@ -230,11 +276,66 @@ def _default_name(settings: Settings) -> str:
     return "-".join([*(settings.choices[name] for name in names), f"seed{settings.values['seed']}"])
 
 
-def _found(path: Path) -> Path | AdaGRPOError:
-    try:
-        return checkpoint.find(path)
-    except AdaGRPOError as error:
-        return error
+def _on_main(engine: Engine, function: Callable[[], T]) -> T:
+    """What a function returns on the main rank, on every rank; its error likewise."""
+    outcome: T | AdaGRPOError | None = None
+    if engine.is_main:
+        try:
+            outcome = function()
+        except AdaGRPOError as error:
+            error.on_every_rank = True
+            outcome = error
+    outcome = engine.broadcast(outcome)
+    if isinstance(outcome, AdaGRPOError):
+        raise outcome
+    assert outcome is not None
+    return outcome
+
+
+def _same_inputs(settings: Settings, snapshot: Snapshot, keys: tuple[str, ...] = INPUTS) -> tuple[str, ...]:
+    """Keys of `INPUTS` whose files hold what they held.
+
+    Raises:
+        CheckpointError: a file or folder of the same name holds something else now.
+    """
+    saved, present = snapshot.state["inputs"], inputs_of(settings)
+    for key in keys:
+        if key in saved and key not in present:
+            raise CheckpointError(
+                f"{key}={_value(settings, key)}: no such file or folder; the checkpoint was made with a local one"
+            )
+        if saved.get(key) != present.get(key):
+            raise CheckpointError(
+                f"{key}={_value(settings, key)}: its content is not what the checkpoint was made with; put it back, "
+                "or start a new run"
+            )
+    return tuple(key for key in keys if key in saved)
+
+
+def _value(settings: Settings, key: str) -> Any:
+    section, name = key.split(".")
+    return settings.values[section][name]
+
+
+def _rates(optimizer: Optimizer, values: dict[str, Any]) -> LambdaLR:
+    """The learning rate over optimizer steps."""
+    lengths = values["lr_schedule"]
+    warmup, anneal, iterations = lengths["warmup_iterations"], lengths["anneal_iterations"], values["iterations"]
+    if min(warmup, anneal) < 0 or warmup + anneal >= iterations:
+        raise ConfigError(
+            f"lr_schedule.warmup_iterations={warmup} and lr_schedule.anneal_iterations={anneal} must be >= 0 and "
+            f"together less than {iterations=}"
+        )
+    updates = values["updates_per_iteration"]
+    return LambdaLR(
+        optimizer,
+        partial(
+            warmup_constant_anneal,
+            warmup_steps=warmup * updates,
+            anneal_steps=anneal * updates,
+            total_steps=iterations * updates,
+        ),
+    )
 
 
 def _make(section: dict[str, Any], key: str, **arguments: Any) -> Any:

@@ -62,6 +62,7 @@ def _run(arguments: list[str] | None, usage: str, command: Callable[[Settings], 
         sys.stdout.write(usage)
         return 0
     _quieten()
+    settings = None
     try:
         show = "--cfg" in overrides
         options = [o for o in overrides if o.startswith("-") and o != "--cfg"]
@@ -75,8 +76,11 @@ def _run(arguments: list[str] | None, usage: str, command: Callable[[Settings], 
             return 0
         command(settings)
     except AdaGRPOError as error:
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
             sys.stderr.write(f"error: {error}\n")
+        elif settings is not None and not error.on_every_rank:  # unreadable settings are so on every rank
+            sys.stderr.write(f"error on rank {rank}: {error}\n")
         return 2
     return 0
 
@@ -84,35 +88,40 @@ def _run(arguments: list[str] | None, usage: str, command: Callable[[Settings], 
 def _train(settings: Settings) -> None:
     # Imported here: it takes seconds, and neither --help nor a misspelt key needs it.
     from adagrpo_train import build
+    from adagrpo_train.runtime.files import whole_folder
     from adagrpo_train.tracking.report import write_report
 
     engine = build.make_engine(settings)
     snapshot = build.open_snapshot(settings, engine)
     if snapshot:
         build.check_continuation(settings, engine, snapshot)
-    run_dir = build.choose_run_dir(settings, engine)
+    run_dir = build.choose_run_dir(settings, engine, snapshot)
     tracker = None
     trainer, parts = build.make_trainer(settings, engine, run_dir, snapshot)
     status = "failed"
     try:
         if engine.is_main:
             tracker = build.make_tracker(settings, run_dir, snapshot)
-        status = trainer.train(tracker)
-        if engine.is_main and status == "completed":
-            with parts.policy.average.applied():
-                parts.policy.export(run_dir / "export")
+            (run_dir / "summary.json").unlink(missing_ok=True)  # of a shorter run that this one goes on from
+        outcome = trainer.train(tracker)
+        if engine.is_main and outcome == "completed":
+            with parts.policy.average.applied(), whole_folder(run_dir / "export") as draft:
+                parts.policy.export(draft)
             _summarise(run_dir)
+        status = outcome
     finally:
         if tracker:
-            tracker.finish(status)
-            report = write_report(run_dir)
-            sys.stdout.write(f"report: {report}\n")
+            try:
+                tracker.finish(status)
+            finally:
+                sys.stdout.write(f"report: {write_report(run_dir)}\n")
     engine.close()
 
 
 def _summarise(run_dir: Path) -> None:
     """Write and print the held-out scores before and after, and the paired gain with its standard error."""
     from adagrpo_train.evaluator import paired_gain, read_scores
+    from adagrpo_train.runtime.files import write_whole
 
     files = sorted((run_dir / "evaluations").glob("*.jsonl"))
     before, after = read_scores(files[0]), read_scores(files[-1])
@@ -125,7 +134,7 @@ def _summarise(run_dir: Path) -> None:
             f"held-out {name:<7} {mean[0]:.3f} -> {mean[1]:.3f}   gain {gain:+.3f} +- {error:.3f} "
             f"(paired over {summary['images']} fixed images)\n"
         )
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    write_whole(run_dir / "summary.json", json.dumps(summary, indent=1))
 
 
 def _evaluate(settings: Settings) -> None:

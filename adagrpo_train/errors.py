@@ -4,6 +4,9 @@
 class AdaGRPOError(Exception):
     """Base of every error that the command line reports without a traceback."""
 
+    on_every_rank = False
+    """True: all processes raised this error, so that one report is enough."""
+
 
 class ConfigError(AdaGRPOError):
     """A setting is unknown, missing or inconsistent; raised before any work is done."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.runtime.files import write_whole
 from adagrpo_train.runtime.noise import INITIAL, NoiseKey, keyed_noise
 from adagrpo_train.runtime.policy import Policy
 from adagrpo_train.scoring.weighted import WeightedScorer
@@ -42,7 +43,7 @@ class Evaluation:
             {"prompt": text, "class": label} | {name: values[i] for name, values in columns.items()}
             for i, (text, label) in enumerate(zip(self.prompts.texts, self.prompts.classes, strict=True))
         ]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Evaluator:
@@ -71,7 +72,7 @@ class Evaluator:
         engine: Engine,
     ) -> None:
         if images < 1 or grid_images < 1 or batch < 1:
-            raise ConfigError("evaluation.images, evaluation.grid_images and evaluation.batch must be >= 1")
+            raise ConfigError("evaluation.images, evaluation.grid_images and micro_batch must be >= 1")
         self._prompts = prompts[_spread(prompts.classes, images)]
         self._batch, self._grid_images = batch, min(grid_images, images)
         self._sampler, self._scorer, self._engine = sampler, scorer, engine

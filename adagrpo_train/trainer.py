@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from adagrpo_train.errors import ConfigError, TrainingError
 from adagrpo_train.evaluator import Evaluator
@@ -76,17 +77,20 @@ class Trainer:
         objective: Objective,
         policy: Policy,
         optimizer: torch.optim.Optimizer,
+        rates: LambdaLR,
         evaluator: Evaluator,
         checkpoints: Checkpoints,
         engine: Engine,
         schedule: Schedule,
         run_dir: Path,
         config: dict[str, Any],
+        inputs: dict[str, str],
     ) -> None:
         self._prompts, self._curriculum, self._sampler, self._scorer = prompts, curriculum, sampler, scorer
         self._advantage, self._objective, self._policy, self._optimizer = advantage, objective, policy, optimizer
-        self._evaluator, self._checkpoints = evaluator, checkpoints
-        self._engine, self._schedule, self._run_dir, self._config = engine, schedule, run_dir, config
+        self._rates, self._evaluator, self._checkpoints = rates, evaluator, checkpoints
+        self._engine, self._schedule, self._run_dir = engine, schedule, run_dir
+        self._config, self._inputs = config, inputs
         self._first, self._updates = 0, 0
         self._timer = StageTimer()
         self._tracker: Tracker | None = None
@@ -104,17 +108,22 @@ class Trainer:
         self._tracker = tracker
         stop = StopRequest()
         with stop.listening():
-            if self._first == 0:
-                self._evaluate(0)
+            if self._first == 0 or (self._evaluation_due(self._first) and not self._evaluated(self._first)):
+                self._evaluate(self._first)
+                if self._asked(stop):
+                    return "interrupted"
             for iteration in range(self._first, self._schedule.iterations):
                 metrics = self._train_once(iteration)
                 done = iteration + 1
                 if self._tracker:
                     self._tracker.log(metrics, done)
-                stopping = any(self._engine.gather_objects(stop.requested)) and done < self._schedule.iterations
-                if done == self._schedule.iterations or _due(done, self._schedule.evaluate_every):
+                last = done == self._schedule.iterations
+                stopping = self._asked(stop) and not last
+                # Whoever asks to stop does not wait for an evaluation: the resumed run makes it.
+                if self._evaluation_due(done) and not stopping:
                     self._evaluate(done)
-                if stopping or done == self._schedule.iterations or _due(done, self._schedule.save_every):
+                    stopping = self._asked(stop) and not last
+                if stopping or last or _due(done, self._schedule.save_every):
                     self._save(done)
                 if stopping:
                     return "interrupted"
@@ -124,6 +133,7 @@ class Trainer:
         """Continue from a checkpoint as if the run had never stopped."""
         self._policy.load_state_dict(snapshot.tensors)
         self._optimizer.load_state_dict(snapshot.optimizer)
+        self._rates.load_state_dict(snapshot.state["rates"])
         self._prompts.load_state_dict(snapshot.state["prompts"])
         self._updates = snapshot.state["updates"]
         own = snapshot.per_rank[self._engine.rank]
@@ -231,10 +241,7 @@ class Trainer:
                 metrics[name.removesuffix("_max")] = max(values)
             else:
                 metrics[name] = sum(values) / len(values)
-        return metrics | {
-            "policy/updates": float(self._schedule.updates_per_iteration),
-            "policy/lr": float(self._optimizer.param_groups[0]["lr"]),
-        }
+        return metrics | {"policy/updates": float(self._schedule.updates_per_iteration)}
 
     def _optimizer_step(
         self,
@@ -262,7 +269,9 @@ class Trainer:
                 f"the gradient norm is {float(norm)} (losses {records['policy/loss'][-len(batches) :]}); the weights "
                 "were left as they were. Lower optimizer.lr, or look at the rewards of the last iteration"
             )
+        records["policy/lr"].append(self._optimizer.param_groups[0]["lr"])
         self._optimizer.step()
+        self._rates.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._policy.average.update(self._updates)
         self._updates += 1
@@ -293,13 +302,26 @@ class Trainer:
             "curriculum/chosen_distance": float((picked - level).abs().mean()),
         }
 
+    def _asked(self, stop: StopRequest) -> bool:
+        """Whether any process was asked to stop: all of them leave the loop together."""
+        return any(self._engine.gather_objects(stop.requested))
+
+    def _evaluation_due(self, iteration: int) -> bool:
+        return iteration in (0, self._schedule.iterations) or _due(iteration, self._schedule.evaluate_every)
+
+    def _evaluated(self, iteration: int) -> bool:
+        return self._engine.broadcast(self._scores_file(iteration).exists())
+
+    def _scores_file(self, iteration: int) -> Path:
+        return self._run_dir / "evaluations" / f"{iteration:06d}.jsonl"
+
     def _evaluate(self, iteration: int) -> None:
         evaluation = self._evaluator.evaluate(self._policy)
         if self._tracker:
-            evaluation.save(self._run_dir / "evaluations" / f"{iteration:06d}.jsonl")
             self._tracker.log(evaluation.metrics(), iteration)
             captions = list(evaluation.prompts.texts[: len(evaluation.grid)])
             self._tracker.log_images("heldout", evaluation.grid, captions, iteration)
+            evaluation.save(self._scores_file(iteration))  # last: where it lies, the evaluation was recorded
 
     def _save(self, iteration: int) -> None:
         own = {"curriculum": self._curriculum.state_dict(), "random": random_state()}
@@ -310,7 +332,13 @@ class Trainer:
                 iteration=iteration,
                 tensors=self._policy.state_dict(),
                 optimizer=self._optimizer.state_dict(),
-                state={"prompts": self._prompts.state_dict(), "updates": self._updates, "tracker": tracker},
+                state={
+                    "prompts": self._prompts.state_dict(),
+                    "updates": self._updates,
+                    "rates": self._rates.state_dict(),
+                    "inputs": self._inputs,
+                    "tracker": tracker,
+                },
                 per_rank=per_rank,
                 config=self._config,
             )

@@ -159,6 +159,7 @@ class RunInfo:
     total_iterations: int
     first_iteration: int  # 0, or the iteration a resumed run continues from
     tracker_state: dict[str, Any]  # what state_dict() gave at the checkpoint; {} for a new run
+    beside: bool = False  # continues the run of another folder, which stays as it is
 
 
 Images = np.ndarray

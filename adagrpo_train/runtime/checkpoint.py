@@ -1,9 +1,7 @@
 """Save and load everything that has state; atomic to write, checked when read."""
 
-import hashlib
 import json
 import logging
-import os
 import random
 import shutil
 from dataclasses import dataclass
@@ -16,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adagrpo_train.errors import CheckpointError, ConfigError
+from adagrpo_train.runtime.files import sha256, whole_folder
 
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = "manifest.json"
 _log = logging.getLogger(__name__)
 
@@ -58,33 +57,20 @@ class Checkpoints:
     def save(self, snapshot: Snapshot) -> Path:
         """Write a checkpoint and drop the oldest ones beyond `keep`."""
         target = self._folder / f"iteration_{snapshot.iteration:06d}"
-        draft = self._folder / f".draft_{target.name}"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        for name, tensors in snapshot.tensors.items():
-            if tensors:
-                save_file(
-                    {key: value.detach().contiguous() for key, value in tensors.items()}, draft / f"{name}.safetensors"
-                )
-        torch.save(snapshot.optimizer, draft / "optimizer.pt")
-        state = {"iteration": snapshot.iteration, "state": snapshot.state, "per_rank": snapshot.per_rank}
-        (draft / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        (draft / "config.json").write_text(json.dumps(snapshot.config), encoding="utf-8")
-        files = {path.name: _fingerprint(path) for path in sorted(draft.iterdir())}
-        (draft / _MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1), encoding="utf-8")
-        for path in (*draft.iterdir(), draft):
-            _flush(path)
-        if target.exists():
-            replaced = self._folder / f".replaced_{target.name}"
-            shutil.rmtree(replaced, ignore_errors=True)
-            target.rename(replaced)
-            draft.rename(target)
-            shutil.rmtree(replaced)
-        else:
-            draft.rename(target)
-        _flush(self._folder)
-        for old in sorted(self._folder.glob("iteration_*"))[: -self._keep]:
-            shutil.rmtree(old)
+        with whole_folder(target) as draft:
+            for name, tensors in snapshot.tensors.items():
+                if tensors:
+                    contiguous = {key: value.detach().contiguous() for key, value in tensors.items()}
+                    save_file(contiguous, draft / f"{name}.safetensors")
+            torch.save(snapshot.optimizer, draft / "optimizer.pt")
+            state = {"iteration": snapshot.iteration, "state": snapshot.state, "per_rank": snapshot.per_rank}
+            (draft / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            (draft / "config.json").write_text(json.dumps(snapshot.config), encoding="utf-8")
+            files = {path.name: _identity(path) for path in sorted(draft.iterdir())}
+            (draft / _MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1), encoding="utf-8")
+        older = [path for path in sorted(self._folder.glob("iteration_*")) if path.name < target.name]
+        for path in older[: max(0, len(older) + 1 - self._keep)]:
+            shutil.rmtree(path)
         return target
 
 
@@ -124,12 +110,18 @@ def fault_of(path: Path) -> str:
         return "manifest.json cannot be read"
     if content.get("format") != _FORMAT:
         return f"format {content.get('format')} is not {_FORMAT}"
-    for name, fingerprint in expected.items():
+    for name, identity in expected.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _fingerprint(path / name) != fingerprint:
+        if _identity(path / name) != identity:
             return f"{name} is not what was written"
     return ""
+
+
+def later_than(path: Path) -> list[Path]:
+    """Intact checkpoints of the same run that come after this one."""
+    later = (other for other in sorted(path.parent.glob("iteration_*")) if other.name > path.name)
+    return [other for other in later if not fault_of(other)]
 
 
 def load(path: Path) -> Snapshot:
@@ -198,14 +190,5 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _identity(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

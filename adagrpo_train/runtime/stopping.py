@@ -1,13 +1,19 @@
 """Stop cleanly on Ctrl-C and SIGTERM: finish the iteration, save, exit."""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_REPEAT_SECONDS = 3.0
+
 
 class StopRequest:
-    """Whether this process was asked to stop. A second signal stops at once."""
+    """Whether this process was asked to stop. A second signal some seconds later stops at once.
+
+    One wish often arrives twice: a job manager signals every process, and the launcher passes its own on as well.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -24,5 +30,9 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(number, self._previous[signal.Signals(number)])
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self._first = True, now
+        elif now - self._first > _REPEAT_SECONDS:
+            signal.signal(number, self._previous[signal.Signals(number)])
+            signal.raise_signal(number)

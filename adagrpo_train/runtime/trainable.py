@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from adagrpo_train.errors import ConfigError
@@ -39,8 +40,10 @@ class LoRA:
         self._rank, self._alpha, self._targets = rank, alpha, targets
 
     def attach(self, model: ExportableModel, *, seed: int, reference: bool) -> None:
-        """Add adapters with seeded Gaussian A and zero B: the policy starts as the reference."""
-        import torch
+        """Add float32 adapters with seeded Gaussian A and zero B: the policy starts as the reference.
+
+        In half precision most updates of a small learning rate would be rounded away.
+        """
         from peft import LoraConfig
 
         network: Any = model.transformer
@@ -54,6 +57,9 @@ class LoRA:
                     target_modules=model.lora_targets(self._targets),
                 )
             )
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         network.eval()
         self._model = model
 
@@ -81,6 +87,16 @@ class Full:
     """Every weight of the network; the reference is a copy made before training, kept only when it is needed."""
 
     def attach(self, model: ExportableModel, *, seed: int, reference: bool) -> None:
+        """Make every weight trainable.
+
+        Raises:
+            ConfigError: the weights are in half precision, which rounds most updates away.
+        """
+        dtypes = {parameter.dtype for parameter in model.transformer.parameters()}
+        if dtypes != {torch.float32}:
+            raise ConfigError(
+                "trainable=full needs model.dtype=float32; for other types train adapters: trainable=lora"
+            )
         model.transformer.requires_grad_(True)
         self._model = model
         self._parameters = list(model.transformer.parameters())

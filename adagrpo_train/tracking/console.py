@@ -39,6 +39,7 @@ class ConsoleTracker:
 
     def start(self, run: RunInfo) -> None:
         self._first, self._total = run.first_iteration, run.total_iterations
+        self._baseline = dict(run.tracker_state.get("console_baseline", {}))
         self._console.print(Text.assemble((run.name, "bold"), f"  ->  {run.run_dir}"))
         if run.first_iteration:
             self._console.print(f"continued after iteration {run.first_iteration}", markup=False)
@@ -73,7 +74,8 @@ class ConsoleTracker:
         """Prompts are for the other trackers."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        """The first evaluation, which changes are counted from."""
+        return {"console_baseline": self._baseline}
 
     def finish(self, status: str) -> None:
         self._progress.stop()

@@ -7,7 +7,6 @@ import argparse
 import base64
 import io
 import json
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 from PIL import Image
 
+from adagrpo_train.runtime.files import write_whole
 from adagrpo_train.tracking.chart import HALF, SMALL, Line, legend, line_chart, share_chart
 from adagrpo_train.tracking.images import Cell, read_cells
 from adagrpo_train.tracking.records import read_rows
@@ -70,9 +70,8 @@ def write_report(run_dir: Path) -> Path:
         config=_read_text(run_dir / "config.yaml"),
         versions=_read_json(run_dir / "environment.json"),
     )
-    draft, target = run_dir / "report.html.draft", run_dir / "report.html"
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, target)
+    target = run_dir / "report.html"
+    write_whole(target, page)
     return target
 
 

@@ -46,14 +46,15 @@ class WandbTracker:
         if mode == "online" and not _has_login():
             # wandb would ask for a key here, and a job in a queue has nobody to answer.
             raise ConfigError("W&B is to be online but has no login: run `wandb login`, or tracker.wandb.mode=offline")
+        continued = None if run.beside else run.tracker_state.get("wandb_run_id")
         self._run = wandb.init(
             project=self._project,
             entity=self._entity,
             name=run.name,
             config=run.config,
             dir=str(run.run_dir),
-            id=run.tracker_state.get("wandb_run_id"),
-            resume="allow" if run.tracker_state else None,
+            id=continued,
+            resume="allow" if continued else None,
             mode=mode,
             settings=wandb.Settings(silent=True, console="off", init_timeout=30, **_finish_settings()),
         )

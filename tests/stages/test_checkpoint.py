@@ -50,6 +50,14 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["iteration_000003", "iteration_000004"]
 
 
+def test_what_was_just_written_is_never_the_one_to_go(tmp_path: Path) -> None:
+    folder = save(tmp_path, 80, 100, 40, keep=2)
+    assert (folder / "iteration_000040").is_dir()
+    assert sorted(p.name for p in save(tmp_path, 90, keep=4).iterdir()) == [
+        f"iteration_{n:06d}" for n in (40, 80, 90, 100)
+    ]
+
+
 @pytest.mark.parametrize("damage", ["cut", "absent", "manifest", "flipped"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -66,6 +74,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(
     assert "iteration_000002 is damaged" in caplog.text
     with pytest.raises(CheckpointError, match="give the run folder"):
         checkpoint.find(newest)
+
+
+def test_only_intact_checkpoints_count_as_later_ones(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1, 2, 3)
+    (folder / "iteration_000003" / "optimizer.pt").unlink()
+    assert [path.name for path in checkpoint.later_than(folder / "iteration_000001")] == ["iteration_000002"]
+    assert checkpoint.later_than(folder / "iteration_000002") == []
 
 
 def test_a_draft_left_by_a_kill_is_not_a_checkpoint(tmp_path: Path) -> None:

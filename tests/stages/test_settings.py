@@ -102,7 +102,7 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         (["model.decode_batch=0"], "model.decode_batch=0"),
         (["updates_per_iteration=999"], "lower micro_batch or updates_per_iteration"),
         (["prompts.evaluation_path=nowhere"], "prompts.evaluation_path=nowhere: no such file"),
-        (["resume=nowhere"], "resume=nowhere: no such folder"),
+        (["resume=nowhere"], "/nowhere: no such folder"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_training(overrides: list[str], message: str, tmp_path) -> None:
@@ -130,3 +130,10 @@ def test_help_names_every_group_and_option(capsys: pytest.CaptureFixture[str]) -
 def test_the_composed_configuration_can_be_read_before_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--cfg", "algorithm=flow_cps"]) == 0
     assert "adagrpo_train.algorithms.transitions.CPS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("choice", [f"{g}={o}" for g in ("debug", "experiment") for o in group_options()[g]])
+def test_named_settings_set_nothing_that_does_not_exist(choice: str) -> None:
+    plain, chosen = read_settings([]).values, read_settings([choice]).values
+    for section in ("evaluation", "checkpoint", "weight_average", "lr_schedule"):
+        assert chosen[section].keys() == plain[section].keys()

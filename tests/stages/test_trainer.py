@@ -1,12 +1,16 @@
 """What one training iteration does, on the real tiny model."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from adagrpo_train.algorithms.advantages import CrossLevel
-from adagrpo_train.errors import RewardError, TrainingError
+from adagrpo_train.errors import ConfigError, RewardError, TrainingError
+from adagrpo_train.runtime import checkpoint
 from adagrpo_train.types import Level
 from tests.support import Memory, make_trainer
 
@@ -30,6 +34,18 @@ def test_the_first_ratio_is_bitwise_one(overrides: list[str], tmp_path: Path) ->
     memory = Memory()
     trainer.train(memory)
     assert [row["policy/first_ratio_deviation"] for row in memory.training] == [0.0, 0.0]
+
+
+def test_adapters_of_a_half_precision_model_are_trained_in_single_precision(tmp_path: Path) -> None:
+    trainer, parts, _ = make_trainer("model.dtype=bfloat16", "optimizer.lr=1e-3", run_dir=tmp_path)
+    before = [parameter.detach().clone() for parameter in parts.policy.parameters]
+    memory = Memory()
+    trainer.train(memory)
+    assert {parameter.dtype for parameter in parts.policy.parameters} == {torch.float32}
+    assert [row["policy/first_ratio_deviation"] for row in memory.training] == [0.0, 0.0]
+    assert any(not torch.equal(old, new) for old, new in zip(before, parts.policy.parameters, strict=True))
+    with pytest.raises(ConfigError, match=r"trainable=full needs model\.dtype=float32"):
+        make_trainer("model.dtype=bfloat16", "trainable=full", run_dir=tmp_path)
 
 
 def test_later_updates_of_an_iteration_have_ratios_other_than_one(tmp_path: Path) -> None:
@@ -272,3 +288,38 @@ def _reward_pixels(trainer) -> None:
 def _use_sgd(trainer, parts) -> None:
     """Steps proportional to the gradient: AdamW's first step has one size whatever the gradient is."""
     trainer._optimizer = torch.optim.SGD(parts.policy.parameters, lr=1.0)
+    trainer._rates = LambdaLR(trainer._optimizer, lambda step: 1.0)
+
+
+def test_the_learning_rate_rises_and_falls_as_set(tmp_path: Path) -> None:
+    """Counted in optimizer steps: 2 per iteration here, so a rise of 2 iterations has 4 steps."""
+    settings = ["iterations=6", "inner_epochs=2", "updates_per_iteration=2", "optimizer.lr=1e-3"]
+    settings += ["lr_schedule.warmup_iterations=2", "lr_schedule.anneal_iterations=2"]
+    trainer, _, _ = make_trainer(*settings, run_dir=tmp_path)
+    memory = Memory()
+    trainer.train(memory)
+    steps = [0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4]
+    expected = [1e-3 * (first + second) / 2 for first, second in zip(steps[::2], steps[1::2], strict=True)]
+    assert [row["policy/lr"] for row in memory.training] == pytest.approx(expected)
+
+
+def test_whoever_asks_to_stop_does_not_wait_for_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _, _ = make_trainer("iterations=3", "evaluation.every=1", run_dir=tmp_path)
+    evaluated: list[int] = []
+    monkeypatch.setattr(trainer, "_evaluate", evaluated.append)
+    memory = Memory()
+    log = memory.log
+
+    def log_and_ask_to_stop(metrics: dict[str, float], iteration: int) -> None:
+        log(metrics, iteration)
+        if iteration == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(memory, "log", log_and_ask_to_stop)
+    assert trainer.train(memory) == "interrupted"
+    assert evaluated == [0, 1]
+    resumed, _, _ = make_trainer("iterations=3", "evaluation.every=1", run_dir=tmp_path)
+    resumed.restore(checkpoint.load(checkpoint.find(tmp_path)))
+    monkeypatch.setattr(resumed, "_evaluate", evaluated.append)
+    assert resumed.train(Memory()) == "completed"
+    assert evaluated == [0, 1, 2, 3]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
 
 from adagrpo_train.runtime import checkpoint
 from adagrpo_train.runtime.noise import INITIAL, NoiseKey, keyed_noise
-from tests.support import MID, tiny_model
+from tests.support import ASSETS, MID, tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +81,7 @@ def test_a_new_run_does_not_write_over_an_old_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("plan", ["every_step", "branch"])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(plan: str, tmp_path: Path) -> None:
     settings = ["iterations=4", "checkpoint.every=2", "evaluation.every=2", f"plan={plan}"]
+    settings += ["lr_schedule.warmup_iterations=1", "lr_schedule.anneal_iterations=2"]
     succeed(*settings, f"hydra.run.dir={tmp_path / 'straight'}")
     killed = subprocess.Popen(command(*settings, f"hydra.run.dir={tmp_path / 'killed'}"), env=environment(), cwd=ROOT)
     try:
@@ -109,6 +112,95 @@ def test_a_stop_signal_saves_and_exits_cleanly(number: signal.Signals, tmp_path:
         process.kill()
     last = max(row["iteration"] for row in rows(run_dir))
     assert checkpoint.load(checkpoint.find(run_dir)).iteration == last < 500
+
+
+def test_two_processes_stop_cleanly_and_resume_bit_for_bit(tmp_path: Path) -> None:
+    settings = ["iterations=40", "checkpoint.every=0", "evaluation.every=0"]
+    stopped = tmp_path / "stopped"
+    launcher = subprocess.Popen(
+        command(*settings, f"hydra.run.dir={stopped}", processes=2), env=environment(), cwd=ROOT
+    )
+    try:
+        _wait_for(lambda: any(row["iteration"] == 2 for row in _rows_so_far(stopped)))
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait(timeout=60)
+    finally:
+        launcher.kill()
+    reached = checkpoint.load(checkpoint.find(stopped)).iteration
+    assert 2 <= reached < 38
+    settings[0] = f"iterations={reached + 2}"
+    succeed(*settings, f"resume={stopped}", processes=2)
+    succeed(*settings, f"hydra.run.dir={tmp_path / 'straight'}", processes=2)
+    assert rows(stopped) == rows(tmp_path / "straight")
+    for name, tensors in weights(tmp_path / "straight").items():
+        assert all(torch.equal(value, weights(stopped)[name][key]) for key, value in tensors.items())
+
+
+def test_a_killed_rank_ends_the_whole_run(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    launcher = subprocess.Popen(
+        command("iterations=5000", f"hydra.run.dir={run_dir}", processes=2), env=environment(), cwd=ROOT
+    )
+    try:
+        _wait_for(lambda: len(_rows_so_far(run_dir)) > 2)
+        ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        assert len(ranks) == 2
+        os.kill(int(ranks[1]), signal.SIGKILL)
+        assert launcher.wait(timeout=60) != 0
+    finally:
+        launcher.kill()
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_a_run_killed_before_its_export_is_finished_by_resume(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    succeed(f"hydra.run.dir={run_dir}")
+    summary, exported = (run_dir / "summary.json").read_text(), _exported(run_dir)
+    (run_dir / "summary.json").unlink()
+    shutil.rmtree(run_dir / "export")
+    (run_dir / ".draft_export").mkdir()
+    (run_dir / ".draft_export" / "half_written").write_text("")
+    succeed(f"resume={run_dir}")
+    assert ((run_dir / "summary.json").read_text(), _exported(run_dir)) == (summary, exported)
+    done = run(f"resume={run_dir}")
+    assert done.returncode == 2
+    assert "is finished at iteration 2" in done.stderr
+
+
+def test_going_on_from_an_older_checkpoint_does_not_write_over_the_later_ones(tmp_path: Path) -> None:
+    run_dir, beside = tmp_path / "run", tmp_path / "beside"
+    succeed("checkpoint.every=1", f"hydra.run.dir={run_dir}")
+    older = run_dir / "checkpoints" / "iteration_000001"
+    done = run("checkpoint.every=1", f"resume={older}")
+    assert done.returncode == 2
+    assert "goes on to iteration_000002" in done.stderr
+    succeed("checkpoint.every=1", f"resume={older}", f"hydra.run.dir={beside}")
+    assert rows(beside) == rows(run_dir)
+    done = run("checkpoint.every=1", f"resume={older}", f"hydra.run.dir={beside}")
+    assert done.returncode == 2
+    assert "already holds a run" in done.stderr
+    assert _exported(beside) == _exported(run_dir)
+
+
+def test_a_run_continues_where_its_files_were_moved_to_but_not_with_others(tmp_path: Path) -> None:
+    inputs, moved = tmp_path / "inputs", tmp_path / "moved"
+    shutil.copytree(MID, inputs / "model")
+    for name in ("train", "heldout"):
+        shutil.copy(ASSETS / "prompts" / f"shapes_{name}.jsonl", inputs / f"{name}.jsonl")
+
+    def settings(folder: Path) -> list[str]:
+        prompts = [f"prompts.path={folder / 'train.jsonl'}", f"prompts.evaluation_path={folder / 'heldout.jsonl'}"]
+        return [f"model.path={folder / 'model'}", *prompts]
+
+    succeed("iterations=1", *settings(inputs), f"hydra.run.dir={tmp_path / 'run'}")
+    inputs.rename(moved)
+    succeed("iterations=2", *settings(moved), f"resume={tmp_path / 'run'}")
+    lines = (moved / "train.jsonl").read_text().splitlines(keepends=True)
+    (moved / "train.jsonl").write_text("".join(reversed(lines)))
+    done = run("iterations=3", *settings(moved), f"resume={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "its content is not what the checkpoint was made with" in done.stderr
+    assert "prompts.path" in done.stderr
 
 
 def test_a_changed_configuration_is_not_continued(tmp_path: Path) -> None:
@@ -162,6 +254,11 @@ def test_stock_diffusers_loads_the_export_and_draws_the_same_image(trainable: st
     ours, base = (_render(m, texts, noise) for m in (model, untrained))
     torch.testing.assert_close(stock, ours, rtol=0, atol=1e-5)
     assert (stock - base).abs().max() > 1e-4  # the trained weights do take part
+    pictures = pipe(
+        texts, latents=noise, sigmas=sigmas, num_inference_steps=6, guidance_scale=1.0,
+        max_sequence_length=0, height=32, width=32,
+    ).images  # fmt: skip
+    assert np.array_equal(np.stack([np.asarray(picture) for picture in pictures]), model.decode(ours))
 
 
 def test_evaluation_is_a_command_of_its_own(tmp_path: Path) -> None:
@@ -176,6 +273,13 @@ def test_evaluation_is_a_command_of_its_own(tmp_path: Path) -> None:
     printed = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("eval/")}
     assert printed["eval/smooth"] == pytest.approx(last["eval/smooth"], abs=1e-4)
     assert (tmp_path / "eval/evaluation.png").is_file()
+
+
+def _exported(run_dir: Path) -> dict[str, bytes]:
+    """Weights of the export as bytes, by file and name; the files themselves hold their metadata in random order."""
+    files = sorted((run_dir / "export").rglob("*.safetensors"))
+    assert files
+    return {f"{f.name} {key}": value.numpy().tobytes() for f in files for key, value in load_file(f).items()}
 
 
 def _load_weights(model: Any, trainable: str, values: dict[str, torch.Tensor]) -> None:
