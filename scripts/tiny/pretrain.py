@@ -2,7 +2,7 @@
 
 Data parallel over processes started by torchrun::
 
-    torchrun --nproc-per-node 2 -m scripts.tiny.pretrain --out WORK --steps 1600
+    torchrun --nproc-per-node 2 -m scripts.tiny.pretrain --out WORK --steps 3600
 """
 
 from __future__ import annotations
