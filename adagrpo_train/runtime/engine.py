@@ -39,6 +39,9 @@ class Engine:
         # What `accelerate config` once wrote must not change the arithmetic: precision is model.dtype, and
         # accumulation is ours.
         os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+        if not torch.cuda.is_available():
+            # Libraries import DeepSpeed when they find it; unasked it warns of what is right here.
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         self._accelerator = Accelerator(
             cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers
         )
