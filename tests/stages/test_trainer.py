@@ -108,15 +108,16 @@ def test_network_evaluations_equal_the_closed_formula(overrides: str, tmp_path: 
 
 @pytest.mark.parametrize("updates", [1, 3])
 def test_exactly_the_configured_number_of_optimizer_steps_is_made(updates: int, tmp_path: Path) -> None:
-    trainer, _, _ = make_trainer(f"updates_per_iteration={updates}", "micro_batch=2", run_dir=tmp_path)
+    trainer, parts, _ = make_trainer(f"updates_per_iteration={updates}", "micro_batch=2", run_dir=tmp_path)
     trainer.train(Memory())
     (state,) = {int(s["step"]) for s in trainer._optimizer.state.values()}
     assert state == 2 * updates
+    assert all(parameter.grad is None for parameter in parts.policy.parameters)  # none reaches the next update
 
 
 def test_gradients_do_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
     weights = []
-    for micro_batch in (2, 4):
+    for micro_batch in (3, 4):  # of 4 samples: batches of unequal sizes, and one alone
         trainer, parts, _ = make_trainer(f"micro_batch={micro_batch}", "iterations=1", run_dir=tmp_path)
         _reward_pixels(trainer)
         _use_sgd(trainer, parts)
