@@ -258,7 +258,10 @@ def test_stock_diffusers_loads_the_export_and_draws_the_same_image(trainable: st
         texts, latents=noise, sigmas=sigmas, num_inference_steps=6, guidance_scale=1.0,
         max_sequence_length=0, height=32, width=32,
     ).images  # fmt: skip
-    assert np.array_equal(np.stack([np.asarray(picture) for picture in pictures]), model.decode(ours))
+    difference = np.stack([np.asarray(picture) for picture in pictures]).astype(int) - model.decode(ours)
+    # Latents are equal to rounding only, and so a value between two levels may fall to either side.
+    assert np.abs(difference).max() <= 1
+    assert np.count_nonzero(difference) < 0.01 * difference.size
 
 
 def test_evaluation_is_a_command_of_its_own(tmp_path: Path) -> None:
