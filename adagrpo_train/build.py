@@ -24,7 +24,9 @@ from adagrpo_train.runtime.checkpoint import Checkpoints, Snapshot
 from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.files import fingerprint
 from adagrpo_train.runtime.policy import Policy
-from adagrpo_train.scoring.weighted import WeightedScorer
+from adagrpo_train.scoring.connect import Rewards
+from adagrpo_train.scoring.entry import RewardEntry
+from adagrpo_train.scoring.scorer import Scorer
 from adagrpo_train.settings import Settings
 from adagrpo_train.trainer import Schedule, Trainer
 from adagrpo_train.types import RunInfo
@@ -45,7 +47,8 @@ class Parts:
 
     policy: Policy
     sampler: FlowSampler
-    scorer: WeightedScorer
+    rewards: Rewards
+    scorer: Scorer
     evaluator: Evaluator
 
 
@@ -54,9 +57,10 @@ def make_engine(settings: Settings) -> Engine:
     return _make(settings.values["engine"], "engine")
 
 
-def make_parts(settings: Settings, engine: Engine) -> Parts:
-    """Model, policy, sampler, scorer and evaluator."""
+def make_parts(settings: Settings, engine: Engine, run_dir: Path) -> Parts:
+    """Model, policy, sampler, rewards, scorer and evaluator."""
     values = settings.values
+    entries = [_entry(name, section) for name, section in values["reward"].items()]
     # Prompt files are read before the model is loaded: a wrong path should not cost a minute.
     heldout = read_prompts(Path(values["prompts"]["evaluation_path"]), key="prompts.evaluation_path")
     model = _make(values["model"], "model", device=engine.device)
@@ -74,8 +78,13 @@ def make_parts(settings: Settings, engine: Engine) -> Parts:
     trainable = _make(values["trainable"], "trainable")
     trainable.attach(model, seed=values["seed"], reference=values["algorithm"]["objective"]["kl_weight"] > 0)
     policy = Policy(model=model, trainable=trainable, average=values["weight_average"], engine=engine)
-    scorer = WeightedScorer(
-        reward=_make(values["reward"]["model"], "reward.model"), weights=values["reward"]["weights"]
+    rewards = Rewards(entries, engine=engine, log_dir=run_dir / "rewards")
+    scorer = Scorer(
+        rewards.sources,
+        scale=values["scoring"]["scale"],
+        level=values["scoring"]["level"],
+        alpha=values["curriculum"]["alpha"],
+        engine=engine,
     )
     evaluation = values["evaluation"]
     evaluator = Evaluator(
@@ -89,7 +98,7 @@ def make_parts(settings: Settings, engine: Engine) -> Parts:
         scorer=scorer,
         engine=engine,
     )
-    return Parts(policy, sampler, scorer, evaluator)
+    return Parts(policy, sampler, rewards, scorer, evaluator)
 
 
 def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Snapshot | None) -> tuple[Trainer, Parts]:
@@ -108,11 +117,12 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         max_grad_norm=values["max_grad_norm"],
         evaluate_every=values["evaluation"]["every"],
         save_every=values["checkpoint"]["every"],
+        max_skipped=values["scoring"]["max_skipped"],
         seed=values["seed"],
     )
     advantage = _make(values["advantage"], "advantage")
     objective = _make(values["algorithm"]["objective"], "algorithm.objective")
-    parts = make_parts(settings, engine)
+    parts = make_parts(settings, engine, run_dir)
     optimizer = _make(values["optimizer"], "optimizer", params=parts.policy.parameters)
     trainer = Trainer(
         prompts=prompts,
@@ -133,6 +143,7 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         inputs=inputs_of(settings),
     )
     if snapshot:
+        check_same_rewards(parts.scorer, snapshot)
         trainer.restore(snapshot)
     return trainer, parts
 
@@ -184,6 +195,21 @@ def check_same_model(settings: Settings, snapshot: Snapshot) -> None:
     saved, present = ({name: values[name] for name in sections} for values in (snapshot.config, settings.values))
     # The prompts are free here: scoring others is what the command is for.
     checkpoint.check_compatible(saved, present, free=_same_inputs(settings, snapshot, keys=("model.path",)))
+
+
+def check_same_rewards(scorer: Scorer, snapshot: Snapshot) -> None:
+    """Refuse to go on with scores of another make: weights, preprocessing or library versions of a reward.
+
+    Raises:
+        CheckpointError: names the reward.
+    """
+    saved = snapshot.state["rewards"]
+    for name, fingerprint_now in scorer.fingerprints.items():
+        if saved.get(name) != fingerprint_now:
+            raise CheckpointError(
+                f"reward {name} is not the one that the checkpoint was made with: {fingerprint_now} now, "
+                f"{saved.get(name)} then; serve that one again, or start a new run"
+            )
 
 
 def choose_run_dir(settings: Settings, engine: Engine, snapshot: Snapshot | None) -> Path:
@@ -271,6 +297,12 @@ def make_tracker(settings: Settings, run_dir: Path, snapshot: Snapshot | None) -
     return tracker
 
 
+def _entry(name: str, section: dict[str, Any]) -> RewardEntry:
+    if "_target_" not in section:
+        raise ConfigError(f"reward.{name}: has settings but is not chosen; add {name} to reward=[...]")
+    return _make(section, f"reward.{name}", name=name)
+
+
 def _default_name(settings: Settings) -> str:
     names: Sequence[str] = ("model", "algorithm", "curriculum", "advantage", "trainable")
     return "-".join([*(settings.choices[name] for name in names), f"seed{settings.values['seed']}"])
@@ -278,18 +310,7 @@ def _default_name(settings: Settings) -> str:
 
 def _on_main(engine: Engine, function: Callable[[], T]) -> T:
     """What a function returns on the main rank, on every rank; its error likewise."""
-    outcome: T | AdaGRPOError | None = None
-    if engine.is_main:
-        try:
-            outcome = function()
-        except AdaGRPOError as error:
-            error.on_every_rank = True
-            outcome = error
-    outcome = engine.broadcast(outcome)
-    if isinstance(outcome, AdaGRPOError):
-        raise outcome
-    assert outcome is not None
-    return outcome
+    return engine.broadcast(engine.together(lambda: function() if engine.is_main else None))  # pyright: ignore
 
 
 def _same_inputs(settings: Settings, snapshot: Snapshot, keys: tuple[str, ...] = INPUTS) -> tuple[str, ...]:

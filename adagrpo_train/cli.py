@@ -2,10 +2,12 @@
 
 import json
 import logging
+import math
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,7 @@ def _train(settings: Settings) -> None:
             _summarise(run_dir)
         status = outcome
     finally:
+        parts.rewards.close()
         if tracker:
             try:
                 tracker.finish(status)
@@ -127,12 +130,11 @@ def _summarise(run_dir: Path) -> None:
     before, after = read_scores(files[0]), read_scores(files[-1])
     summary: dict[str, Any] = {"images": len(next(iter(before.values()))), "heldout": {}}
     for name in before:
-        gain, error = paired_gain(before[name], after[name])
-        mean = [sum(values) / len(values) for values in (before[name], after[name])]
-        summary["heldout"][name] = {"before": mean[0], "after": mean[1], "gain": gain, "standard_error": error}
+        change = paired_gain(before[name], after[name])
+        summary["heldout"][name] = {key: None if math.isnan(v) else v for key, v in change._asdict().items()}
         sys.stdout.write(
-            f"held-out {name:<7} {mean[0]:.3f} -> {mean[1]:.3f}   gain {gain:+.3f} +- {error:.3f} "
-            f"(paired over {summary['images']} fixed images)\n"
+            f"held-out {name:<7} {change.before:.3f} -> {change.after:.3f}   gain {change.gain:+.3f} +- "
+            f"{change.standard_error:.3f} (paired over {summary['images']} fixed images)\n"
         )
     write_whole(run_dir / "summary.json", json.dumps(summary, indent=1))
 
@@ -145,11 +147,13 @@ def _evaluate(settings: Settings) -> None:
 
     engine = build.make_engine(settings)
     snapshot = build.open_snapshot(settings, engine)
-    parts = build.make_parts(settings, engine)
+    parts = build.make_parts(settings, engine, settings.run_dir)
     if snapshot:
         build.check_same_model(settings, snapshot)
         parts.policy.load_state_dict(snapshot.tensors)
-    evaluation = parts.evaluator.evaluate(parts.policy)
+        parts.scorer.load_state_dict(snapshot.state["scoring"])
+    with closing(parts.rewards):
+        evaluation = parts.evaluator.evaluate(parts.policy)
     if engine.is_main:
         settings.run_dir.mkdir(parents=True, exist_ok=True)
         evaluation.save(settings.run_dir / "evaluation.jsonl")

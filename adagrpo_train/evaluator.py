@@ -1,8 +1,10 @@
 """Fixed held-out prompts, fixed noise, noise-free sampling: the yardstick of a run."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +16,13 @@ from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.files import write_whole
 from adagrpo_train.runtime.noise import INITIAL, NoiseKey, keyed_noise
 from adagrpo_train.runtime.policy import Policy
-from adagrpo_train.scoring.weighted import WeightedScorer
+from adagrpo_train.scoring.scorer import Scorer
 from adagrpo_train.types import Prompts
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of the fixed images, in their fixed order, and the first few of the images."""
+    """Scores of the fixed images, in their fixed order and NaN where missing, and the first few of the images."""
 
     prompts: Prompts
     scores: dict[str, Tensor]  # each [N]; "total" and every part
@@ -28,17 +30,19 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """`eval/<part>` for each part, and `eval/<class>/<part>` where the prompts have classes."""
-        metrics = {f"eval/{name}": float(values.mean()) for name, values in self.scores.items()}
+        metrics = {f"eval/{name}": _mean(values) for name, values in self.scores.items()}
         for label in sorted(set(self.prompts.classes) - {""}):
             rows = torch.tensor([own == label for own in self.prompts.classes])
             for name, values in self.scores.items():
-                metrics[f"eval/{label}/{name}"] = float(values[rows].mean())
+                metrics[f"eval/{label}/{name}"] = _mean(values[rows])
         return metrics
 
     def save(self, path: Path) -> None:
         """Write one JSON object per image, so that two evaluations can be compared in pairs."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        columns = {name: values.tolist() for name, values in self.scores.items()}
+        columns = {
+            name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in self.scores.items()
+        }
         rows = [
             {"prompt": text, "class": label} | {name: values[i] for name, values in columns.items()}
             for i, (text, label) in enumerate(zip(self.prompts.texts, self.prompts.classes, strict=True))
@@ -68,7 +72,7 @@ class Evaluator:
         seed: int,
         latent_shape: tuple[int, ...],
         sampler: FlowSampler,
-        scorer: WeightedScorer,
+        scorer: Scorer,
         engine: Engine,
     ) -> None:
         if images < 1 or grid_images < 1 or batch < 1:
@@ -89,9 +93,10 @@ class Evaluator:
             images = np.concatenate(
                 [self._render(policy, rows[start : start + self._batch]) for start in range(0, share, self._batch)]
             )
-        scores = self._scorer.score(images, list(self._prompts[rows].texts))
-        columns = {"total": scores.total} | scores.parts
-        gathered = {name: self._engine.gather(values)[:total] for name, values in columns.items()}
+        scores = self._scorer.score(images, self._prompts[rows].texts, evaluation=True)
+        parts = {name: self._engine.gather(values)[:total] for name, values in scores.parts.items()}
+        self._scorer.calibrate(parts)
+        gathered = {"total": self._scorer.total(parts)} | parts
         pixels = self._engine.gather(torch.from_numpy(images)).numpy()
         return Evaluation(self._prompts, gathered, pixels[: self._grid_images])
 
@@ -101,19 +106,37 @@ class Evaluator:
         return policy.decode(self._sampler.render(policy.velocity, conditions, self._noise[rows]))
 
 
-def paired_gain(before: list[float], after: list[float]) -> tuple[float, float]:
-    """Mean of after - before over the same images, and the standard error of that mean."""
-    difference = np.asarray(after) - np.asarray(before)
-    if len(difference) < 2:
-        return float(difference.mean()), float("nan")
-    return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5)
+class PairedGain(NamedTuple):
+    """What changed on the images that have both scores; NaN where there are too few to tell."""
+
+    before: float
+    after: float
+    gain: float
+    standard_error: float  # of the gain
+
+
+def paired_gain(before: list[float], after: list[float]) -> PairedGain:
+    """Compare two scores of the same images, NaN where one is missing."""
+    pairs = np.array([before, after])
+    first, second = pairs[:, np.isfinite(pairs).all(0)]
+    count = len(first)
+    if not count:
+        return PairedGain(*[math.nan] * 4)
+    difference = second - first
+    error = float(difference.std(ddof=1) / count**0.5) if count > 1 else math.nan
+    return PairedGain(float(first.mean()), float(second.mean()), float(difference.mean()), error)
 
 
 def read_scores(path: Path) -> dict[str, list[float]]:
-    """Columns of numbers of a file written by Evaluation.save."""
+    """Columns of numbers of a file written by Evaluation.save, NaN where a score is missing."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    names = [name for name, value in rows[0].items() if isinstance(value, float | int)]
-    return {name: [float(row[name]) for row in rows] for name in names}
+    names = [name for name in rows[0] if name not in ("prompt", "class")]
+    return {name: [float("nan") if row[name] is None else float(row[name]) for row in rows] for name in names}
+
+
+def _mean(values: Tensor) -> float:
+    """Over what is not missing; NaN of nothing."""
+    return float(values[values.isfinite()].mean())
 
 
 def _spread(classes: tuple[str, ...], images: int) -> list[int]:

@@ -67,17 +67,14 @@ class Plan(Protocol):
     def steps(self, iteration: int, num_steps: int, seed: int) -> StepPlan: ...
 
 
-class Reward(Protocol):
-    """Scores images against prompts. Lives in the `rewards` package, free of torch and of the trainer."""
-
-    def score(self, images: np.ndarray, prompts: list[str]) -> dict[str, list[float]]: ...
-
-
 class Advantage(Protocol):
-    """Rewards [N] and groups [N] of all ranks -> advantage [N]; local() is the part against the group alone."""
+    """Rewards [N] and groups [N] of all ranks, all of them present -> advantages [N].
 
-    def __call__(self, rewards: Tensor, group: Tensor, level: Level | None) -> Tensor: ...
+    local() is the part against the own group, across() the part against the policy's past; training uses their sum.
+    """
+
     def local(self, rewards: Tensor, group: Tensor) -> Tensor: ...
+    def across(self, rewards: Tensor, group: Tensor, level: Level) -> Tensor: ...
 
 
 class Policy(Protocol):

@@ -20,6 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from adagrpo_train.errors import ConfigError
 
 _PACKAGE = Path(__file__).parent
+_OPEN = re.compile(r"reward\.[^.]+\.(weights|settings)")
+"""Sections whose keys are the reward's own."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ def read_settings(overrides: list[str]) -> Settings:
     _check_keys(resolved, {str(key) for key in defaults if key != "hydra"})
     _check_values(resolved, plain)
     _check_targets(resolved)
-    choices = {group: str(composed.hydra.runtime.choices[group]) for group in known_groups}
+    # Of a group with several options Hydra keeps no record; the rewards are the keys of their section.
+    several = {"reward": "+".join(resolved["reward"])}
+    choices = {group: str((several | dict(composed.hydra.runtime.choices))[group]) for group in known_groups}
     given = any(override.lstrip("+").startswith("hydra.run.dir=") for override in overrides)
     return Settings(resolved, Path(composed.hydra.run.dir), given, choices)
 
@@ -72,7 +76,7 @@ def group_options() -> dict[str, list[str]]:
     """Config groups and their options, for --help."""
     folder = config_dir()
     groups = sorted(path for path in folder.iterdir() if path.is_dir())
-    return {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in groups}
+    return {group.name: sorted(path.stem for path in group.glob("[!_]*.yaml")) for group in groups}
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -114,7 +118,7 @@ def _explain(error: HydraException, known: list[str], groups: list[str]) -> str:
     if missing:
         key = missing.group(1)
         return f"unknown key {key!r}{nearest(key, known + groups)}"
-    option = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+    option = re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text)
     if option:
         group, name = option.groups()
         options = group_options().get(group, [])
@@ -154,7 +158,7 @@ def _check_values(values: Any, plain: Any, prefix: str = "") -> None:
             raise ConfigError(f"unknown key {name!r}{nearest(name, [f'{prefix}{known}' for known in plain])}")
         default = plain[key]
         if isinstance(default, dict) and isinstance(value, dict):
-            if name != "reward.weights":
+            if not _OPEN.fullmatch(name):
                 _check_values(value, default, f"{name}.")
         elif not _fits(value, default):
             shown = "null" if value is None else value

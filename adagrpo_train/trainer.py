@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from adagrpo_train.errors import ConfigError, TrainingError
+from adagrpo_train.errors import ConfigError, RewardError, TrainingError
 from adagrpo_train.evaluator import Evaluator
+from adagrpo_train.functional.advantages import mean_group_std, zero_variance_fraction
 from adagrpo_train.interfaces import Advantage, Curriculum, Objective, PromptSource, Tracker
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime.checkpoint import Checkpoints, Snapshot, random_state, restore_random_state
@@ -19,8 +20,18 @@ from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.policy import Policy
 from adagrpo_train.runtime.stopping import StopRequest
 from adagrpo_train.runtime.timing import StageTimer, peak_memory_bytes
-from adagrpo_train.scoring.weighted import WeightedScorer
-from adagrpo_train.types import Conditions, Prompts, Rollout, Scores, SelectedPrompt, Selection, Transitions, Trunks
+from adagrpo_train.scoring.scorer import Collector, Scorer
+from adagrpo_train.types import (
+    Conditions,
+    Images,
+    Prompts,
+    Rollout,
+    Scores,
+    SelectedPrompt,
+    Selection,
+    Transitions,
+    Trunks,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +47,7 @@ class Schedule:
         max_grad_norm: gradients are scaled down to this norm.
         evaluate_every: iterations between evaluations; 0 evaluates before and after training only.
         save_every: iterations between checkpoints; 0 saves at the end only.
+        max_skipped: iterations in a row that may be skipped for want of scores.
         seed: of the order in which transitions are visited.
     """
 
@@ -45,15 +57,20 @@ class Schedule:
     max_grad_norm: float
     evaluate_every: int
     save_every: int
+    max_skipped: int
     seed: int
 
     def __post_init__(self) -> None:
         for name in ("iterations", "inner_epochs", "updates_per_iteration"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be >= 1")
-        for name in ("evaluate_every", "save_every"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be >= 0")
+        for key, count in (
+            ("evaluation.every", self.evaluate_every),
+            ("checkpoint.every", self.save_every),
+            ("scoring.max_skipped", self.max_skipped),
+        ):
+            if count < 0:
+                raise ConfigError(f"{key}={count}: must be >= 0")
         if not self.max_grad_norm > 0:
             raise ConfigError(f"max_grad_norm={self.max_grad_norm}: must be > 0")
         if self.updates_per_iteration % self.inner_epochs:
@@ -61,6 +78,17 @@ class Schedule:
                 f"updates_per_iteration={self.updates_per_iteration} must be a multiple of "
                 f"inner_epochs={self.inner_epochs}: every epoch makes the same number of optimizer steps"
             )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The prompts of an iteration."""
+
+    selection: Selection  # rows of the candidates of all ranks
+    figures: dict[str, float]  # for the log
+    rewards: Tensor | None  # [B] of the candidates of all ranks; None when the curriculum does not score them
+    prompts: Prompts  # this rank's share of the chosen ones
+    trunks: Trunks | None  # of those prompts; branches start from them
 
 
 class Trainer:
@@ -72,7 +100,7 @@ class Trainer:
         prompts: PromptSource,
         curriculum: Curriculum,
         sampler: FlowSampler,
-        scorer: WeightedScorer,
+        scorer: Scorer,
         advantage: Advantage,
         objective: Objective,
         policy: Policy,
@@ -91,7 +119,7 @@ class Trainer:
         self._rates, self._evaluator, self._checkpoints = rates, evaluator, checkpoints
         self._engine, self._schedule, self._run_dir = engine, schedule, run_dir
         self._config, self._inputs = config, inputs
-        self._first, self._updates = 0, 0
+        self._first, self._updates, self._skipped = 0, 0, 0
         self._timer = StageTimer()
         self._tracker: Tracker | None = None
         self._check_counts()
@@ -113,7 +141,7 @@ class Trainer:
                 if self._asked(stop):
                     return "interrupted"
             for iteration in range(self._first, self._schedule.iterations):
-                metrics = self._train_once(iteration)
+                metrics = self._train_or_save(iteration)
                 done = iteration + 1
                 if self._tracker:
                     self._tracker.log(metrics, done)
@@ -134,105 +162,169 @@ class Trainer:
         self._policy.load_state_dict(snapshot.tensors)
         self._optimizer.load_state_dict(snapshot.optimizer)
         self._rates.load_state_dict(snapshot.state["rates"])
-        self._prompts.load_state_dict(snapshot.state["prompts"])
         self._updates = snapshot.state["updates"]
-        own = snapshot.per_rank[self._engine.rank]
-        self._curriculum.load_state_dict(own["curriculum"])
-        restore_random_state(own["random"])
+        self._restore_drawn_state(snapshot.state | snapshot.per_rank[self._engine.rank])
         self._first = snapshot.iteration
 
+    def _train_or_save(self, iteration: int) -> dict[str, float]:
+        """One iteration; if a reward fails for good, the state before it is saved, so that nothing is lost."""
+        before = self._drawn_state()
+        try:
+            return self._train_once(iteration)
+        except RewardError as error:
+            if error.on_every_rank:
+                self._restore_drawn_state(before)
+                self._save(iteration)
+            raise
+
     def _train_once(self, iteration: int) -> dict[str, float]:
-        """One pass of the pipeline. Each line's output is the next line's input."""
+        """One iteration, with what it cost."""
+        evaluated = self._policy.evaluations.copy()
         with self._timer.stage("iteration"):
-            evaluated = self._policy.evaluations.copy()
-            candidates = self._prompts.next(self._curriculum.candidates)
-            with self._timer.stage("candidates"):
-                selection, rewards, prompts, trunks = self._choose(candidates, iteration)
-            with self._timer.stage("rollout"):
-                conditions = self._policy.encode(list(prompts.texts))
-                rollout = self._sampler.roll_out(self._policy.velocity, conditions, prompts, trunks, iteration)
-            scores = self._score(rollout.x0, [prompts.texts[row] for row in rollout.prompt.tolist()])
-            advantages, metrics = self._advantages(scores, rollout)
-            with self._timer.stage("update"):
-                metrics |= self._update(rollout.transitions, conditions, advantages, iteration)
-        metrics |= self._log_choice(candidates, selection, rewards, iteration)
+            metrics = self._iterate(iteration)
         spent = self._policy.evaluations - evaluated
         metrics |= {
             f"nfe/{kind}": float(spent[kind] * self._engine.world_size)
             for kind in ("sampling", "training", "reference")
         }
         metrics |= self._timer.drain() | {"memory/peak_bytes": float(peak_memory_bytes())}
-        return metrics
+        return metrics | self._scorer.drain()
 
-    def _choose(self, candidates: Prompts, iteration: int) -> tuple[Selection, Tensor | None, Prompts, Trunks | None]:
+    def _iterate(self, iteration: int) -> dict[str, float]:
+        """One pass of the pipeline. Each line's output is the next line's input."""
+        candidates = self._prompts.next(self._curriculum.candidates)
+        with self._timer.stage("candidates"):
+            choice = self._choose(candidates, iteration)
+        if isinstance(choice, str):
+            return self._skip(choice)
+        prompts, trunks = choice.prompts, choice.trunks
+        with self._timer.stage("rollout"):
+            conditions = self._policy.encode(list(prompts.texts))
+            collector = self._scorer.collect()
+            rollout = self._roll_out(prompts, conditions, trunks, collector, iteration)
+        with self._timer.stage("reward"):
+            scores = collector.scores()
+        if too_many := self._scorer.excess(scores):
+            return self._skip(too_many)
+        advantages, usable, metrics = self._advantages(scores, rollout, choice)
+        with self._timer.stage("update"):
+            metrics |= self._update(rollout.transitions, conditions, advantages, usable, iteration)
+        self._skipped = 0
+        return metrics | self._log_choice(candidates, choice, iteration)
+
+    def _choose(self, candidates: Prompts, iteration: int) -> "_Choice | str":
         """Score the candidates if the curriculum asks for it, and take this rank's share of the chosen prompts.
 
-        Returns the selection (rows of the candidates of all ranks), the candidates' rewards [B], and this rank's
-        prompts with their trunks, which the branches of a branching plan start from.
+        Returns why there is no choice, if too many scores are missing.
         """
         engine, curriculum = self._engine, self._curriculum
         if not curriculum.scores_candidates:
             selection = curriculum.select(None, curriculum.chosen)
-            return selection, None, candidates[_share(list(selection.rows), engine)], None
+            return _Choice(selection, {}, None, candidates[_share(list(selection.rows), engine)], None)
         own = candidates[_share(list(range(len(candidates))), engine)]
         conditions = self._policy.encode(list(own.texts))
         trunks = self._sampler.trunks(self._policy.velocity, conditions, own, iteration)
-        own_rewards = self._score(trunks.x0, list(own.texts)).total
-        rewards = engine.gather(own_rewards)
+        collector = self._scorer.collect()
+        collector.add(self._decode(trunks.x0), own.texts)
+        with self._timer.stage("reward"):
+            scores = collector.scores()
+        if too_many := self._scorer.excess(scores) or self._too_few(scores):
+            return too_many
+        figures = self._scorer.follow({name: engine.gather(values) for name, values in scores.parts.items()})
+        rewards = engine.gather(scores.total)
         if curriculum.per_rank:
-            selection = curriculum.select(own_rewards, curriculum.chosen // engine.world_size)
+            selection = curriculum.select(scores.total, curriculum.chosen // engine.world_size)
             rows = list(selection.rows)
             offset = engine.rank * len(own)
             everyone = [row for part in engine.gather_objects([r + offset for r in rows]) for row in part]
-            return Selection(tuple(everyone), selection.level), rewards, own[rows], trunks[rows]
+            return _Choice(Selection(tuple(everyone), selection.level), figures, rewards, own[rows], trunks[rows])
         selection = curriculum.select(rewards, curriculum.chosen)
         rows = _share(list(selection.rows), engine)
         everywhere = Trunks(engine.gather(trunks.x0), engine.gather(trunks.anchors))
-        return selection, rewards, candidates[rows], everywhere[rows]
+        return _Choice(selection, figures, rewards, candidates[rows], everywhere[rows])
 
-    def _score(self, x0: Tensor, texts: list[str]) -> Scores:
+    def _too_few(self, scores: Scores) -> str:
+        """Why a curriculum cannot choose as many prompts as it should; "" if it can."""
+        present = [int(count) for count in self._engine.gather_objects(int(scores.total.isfinite().sum()))]
+        world, chosen = self._engine.world_size, self._curriculum.chosen
+        enough = min(present) * world >= chosen if self._curriculum.per_rank else sum(present) >= chosen
+        return "" if enough else f"only {sum(present)} candidates have a score, for {chosen} prompts; {scores.reason}"
+
+    def _roll_out(
+        self, prompts: Prompts, conditions: Conditions, trunks: Trunks | None, collector: Collector, iteration: int
+    ) -> Rollout:
+        """Draw the samples and hand them to the rewards, which score them while the next ones are drawn."""
+
+        def finished(x0: Tensor, prompt: Tensor, group: Tensor) -> None:
+            collector.add(self._decode(x0), [prompts.texts[row] for row in prompt.tolist()], group.tolist())
+
+        return self._sampler.roll_out(self._policy.velocity, conditions, prompts, trunks, iteration, finished)
+
+    def _decode(self, x0: Tensor) -> Images:
         with self._timer.stage("decode"):
-            images = self._policy.decode(x0)
-        with self._timer.stage("reward"):
-            return self._scorer.score(images, texts)
+            return self._policy.decode(x0)
 
-    def _advantages(self, scores: Scores, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
-        """Advantages [N] of this rank's samples, computed over the samples of all ranks."""
-        engine = self._engine
+    def _skip(self, reason: str) -> dict[str, float]:
+        """Leave the weights as they are for this iteration.
+
+        Raises:
+            RewardError: on every rank, when too many iterations in a row were skipped.
+        """
+        self._skipped += 1
+        _log.warning("iteration skipped: %s", reason)
+        if self._skipped > self._schedule.max_skipped:
+            error = RewardError(
+                f"{self._skipped} iterations in a row lack scores (scoring.max_skipped="
+                f"{self._schedule.max_skipped}): {reason}"
+            )
+            error.on_every_rank = True
+            raise error
+        return {"reward/skipped": 1.0}
+
+    def _advantages(
+        self, scores: Scores, rollout: Rollout, choice: "_Choice"
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Advantages [N] of this rank's samples, computed over the samples of all ranks, and which may be used [N]."""
+        engine, size = self._engine, self._sampler.group_size
         rewards = engine.gather(scores.total)
+        parts = {name: engine.gather(values) for name, values in scores.parts.items()}
         groups_here = int(rollout.group.max()) + 1
         group = engine.gather(rollout.group + engine.rank * groups_here)
         level = self._curriculum.observe(scores.total if self._curriculum.per_rank else rewards)
-        everyone = self._advantage(rewards, group, level)
-        local = self._advantage.local(rewards, group)
-        by_group = rewards.view(-1, self._sampler.group_size)
+        usable = self._scorer.comparable(parts, group, size)
+        local = self._scorer.local_advantages(parts, group, size, self._advantage)
+        everyone = local.clone()
+        everyone[usable] += self._advantage.across(rewards[usable], group[usable], level)
+        present, by_group = rewards[usable], group[usable]
         metrics = {
-            "reward/mean": float(rewards.mean()),
-            "reward/std": float(rewards.std()),
-            "reward/group_std_mean": float(by_group.std(dim=1).mean()),
-            "reward/zero_variance_fraction": float((by_group.amax(1) == by_group.amin(1)).float().mean()),
+            "reward/mean": float(present.mean()),
+            "reward/std": float(present.std()),
+            "reward/group_std_mean": float(mean_group_std(present, by_group)),
+            "reward/zero_variance_fraction": float(zero_variance_fraction(present, by_group)),
+            "reward/unused_fraction": float((~usable).float().mean()),
             "curriculum/level": level.mean,
             "curriculum/level_std": level.std,
-            "advantage/mean": float(everyone.mean()),
-            "advantage/abs_mean": float(everyone.abs().mean()),
-            "advantage/sign_flip_fraction": float((everyone * local < 0).float().mean()),
+            "advantage/mean": float(everyone[usable].mean()),
+            "advantage/abs_mean": float(everyone[usable].abs().mean()),
+            "advantage/sign_flip_fraction": float((everyone[usable] * local[usable] < 0).float().mean()),
         }
-        for name, values in scores.parts.items():
-            metrics[f"reward/{name}/mean"] = float(engine.gather(values).mean())
-        own = everyone[engine.rank * len(scores.total) :][: len(scores.total)]
-        return own, metrics
+        for name, values in parts.items():
+            metrics[f"reward/{name}/mean"] = float(values[values.isfinite()].mean())
+        metrics |= choice.figures or self._scorer.follow(parts)
+        here = slice(engine.rank * len(scores.total), (engine.rank + 1) * len(scores.total))
+        return everyone[here], usable[here], metrics
 
     def _update(
-        self, batches: list[Transitions], conditions: Conditions, advantages: Tensor, iteration: int
+        self, batches: list[Transitions], conditions: Conditions, advantages: Tensor, usable: Tensor, iteration: int
     ) -> dict[str, float]:
-        """Visit every transition once per inner epoch, in `updates_per_iteration` optimizer steps."""
+        """Visit the transitions of usable samples once per inner epoch, in `updates_per_iteration` optimizer steps."""
         records: defaultdict[str, list[float]] = defaultdict(list)
         per_epoch = self._schedule.updates_per_iteration // self._schedule.inner_epochs
         for epoch in range(self._schedule.inner_epochs):
             generator = torch.Generator().manual_seed(_order_seed(self._schedule.seed, iteration, epoch))
             order = torch.randperm(len(batches), generator=generator)
             for rows in torch.tensor_split(order, per_epoch):
-                self._optimizer_step([batches[row] for row in rows.tolist()], conditions, advantages, records)
+                self._optimizer_step([batches[row] for row in rows.tolist()], conditions, advantages, usable, records)
         metrics: dict[str, float] = {}
         everywhere = self._engine.gather_objects(dict(records))
         for name in records:
@@ -248,16 +340,23 @@ class Trainer:
         batches: list[Transitions],
         conditions: Conditions,
         advantages: Tensor,
+        usable: Tensor,
         records: defaultdict[str, list[float]],
     ) -> None:
-        """One update with the mean loss over the transitions of `batches`."""
-        total = sum(len(batch.sample) for batch in batches)
+        """One update with the mean loss over the transitions of usable samples, of all ranks."""
+        # Ranks average their gradients, so each divides by its share of the transitions of all.
+        here = sum(int(usable[batch.sample].sum()) for batch in batches)
+        total = sum(self._engine.gather_objects(here)) / self._engine.world_size
         first = "policy/grad_norm" not in records
         for number, batch in enumerate(batches):
-            rows, own = batch.prompt.to(self._engine.device), advantages[batch.sample].to(self._engine.device)
+            kept = batch.of(usable)
+            # Nothing usable: the batch still takes part, with weight 0, since other ranks wait for its gradients.
+            weight = len(kept.sample) / total
+            kept = kept if weight else batch
+            rows, own = batch.prompt.to(self._engine.device), advantages[kept.sample].to(self._engine.device)
             with self._engine.micro_step(self._policy.network, last=number == len(batches) - 1):
-                loss = self._objective.loss(self._policy, batch, conditions[rows], own, self._sampler.sigma_max)
-                self._engine.backward(loss.value * (len(batch.sample) / total))
+                loss = self._objective.loss(self._policy, kept, conditions[rows], own, self._sampler.sigma_max)
+                self._engine.backward(loss.value * weight)
             for name, figure in loss.metrics.items():
                 records[name].append(float(figure))
             if first:
@@ -277,11 +376,10 @@ class Trainer:
         self._updates += 1
         records["policy/grad_norm"].append(float(norm))
 
-    def _log_choice(
-        self, candidates: Prompts, selection: Selection, rewards: Tensor | None, iteration: int
-    ) -> dict[str, float]:
+    def _log_choice(self, candidates: Prompts, choice: "_Choice", iteration: int) -> dict[str, float]:
         """Log every candidate with its score; return figures about the choice."""
         nan = float("nan")
+        selection, rewards = choice.selection, choice.rewards
         scores = [nan] * len(candidates) if rewards is None else rewards.tolist()
         level = selection.level.mean if selection.level else nan
         chosen = set(selection.rows)
@@ -297,7 +395,7 @@ class Trainer:
             return {}
         picked = rewards[list(selection.rows)]
         return {
-            "curriculum/candidate_mean": float(rewards.mean()),
+            "curriculum/candidate_mean": float(rewards[rewards.isfinite()].mean()),
             "curriculum/chosen_mean": float(picked.mean()),
             "curriculum/chosen_distance": float((picked - level).abs().mean()),
         }
@@ -323,9 +421,26 @@ class Trainer:
             self._tracker.log_images("heldout", evaluation.grid, captions, iteration)
             evaluation.save(self._scores_file(iteration))  # last: where it lies, the evaluation was recorded
 
+    def _drawn_state(self) -> dict[str, Any]:
+        """What an iteration changes before its update: copies, small."""
+        return {
+            "prompts": self._prompts.state_dict(),
+            "curriculum": self._curriculum.state_dict(),
+            "scoring": self._scorer.state_dict(),
+            "skipped": self._skipped,
+            "random": random_state(),
+        }
+
+    def _restore_drawn_state(self, state: dict[str, Any]) -> None:
+        self._prompts.load_state_dict(state["prompts"])
+        self._curriculum.load_state_dict(state["curriculum"])
+        self._scorer.load_state_dict(state["scoring"])
+        self._skipped = state["skipped"]
+        restore_random_state(state["random"])
+
     def _save(self, iteration: int) -> None:
-        own = {"curriculum": self._curriculum.state_dict(), "random": random_state()}
-        per_rank = self._engine.gather_objects(own)
+        drawn = self._drawn_state()
+        per_rank = self._engine.gather_objects({key: drawn[key] for key in ("curriculum", "random")})
         if self._engine.is_main:
             tracker = self._tracker.state_dict() if self._tracker else {}
             snapshot = Snapshot(
@@ -333,10 +448,13 @@ class Trainer:
                 tensors=self._policy.state_dict(),
                 optimizer=self._optimizer.state_dict(),
                 state={
-                    "prompts": self._prompts.state_dict(),
+                    "prompts": drawn["prompts"],
+                    "scoring": drawn["scoring"],
+                    "skipped": drawn["skipped"],
                     "updates": self._updates,
                     "rates": self._rates.state_dict(),
                     "inputs": self._inputs,
+                    "rewards": self._scorer.fingerprints,
                     "tracker": tracker,
                 },
                 per_rank=per_rank,

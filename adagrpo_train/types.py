@@ -9,7 +9,7 @@ sigma runs from 1 (noise) to 0 (image): x_sigma = (1 - sigma) x_0 + sigma eps, v
 A step goes from sigma to sigma_next < sigma. "step" is a sampling step, "iteration" a training iteration.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +94,18 @@ class Transitions:
     sample: Tensor  # [M] int64, row of Rollout.x0 whose reward the transition earned
     log_prob: Tensor  # [M] float32 under the policy that drew x_next
 
+    def of(self, samples: Tensor) -> "Transitions":
+        """The transitions of the samples marked in `samples` [N] bool; the states, and so the network call, stay."""
+        kept = samples[self.sample]
+        at = kept.to(self.x_next.device)
+        return replace(
+            self,
+            x_next=self.x_next[at],
+            state=self.state[at],
+            sample=self.sample[kept],
+            log_prob=self.log_prob[at],
+        )
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -107,10 +119,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of N images; every value is finite."""
+    """Rewards of N images. A missing score is NaN, and so is a total that lacks a required one."""
 
     total: Tensor  # [N] float32, what training maximises
-    parts: dict[str, Tensor]  # each [N]: the components, for logs and evaluation
+    parts: dict[str, Tensor]  # each [N] float32: the components
+    missing: dict[str, float]  # reward -> share of missing scores, over all ranks
+    reason: str  # why the first missing score is missing, "" if none is
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,12 @@ import torch
 from adagrpo_train import build
 from adagrpo_train.models.sd3 import SD3Model
 from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.scoring.scorer import Source
 from adagrpo_train.settings import read_settings
 from adagrpo_train.trainer import Trainer
 from adagrpo_train.types import Prompts, SelectedPrompt
+from rewards.client.inproc import InprocClient
+from rewards.contract import Reward
 
 ASSETS = Path(build.__file__).parent / "assets"
 MID = ASSETS / "tiny_sd3" / "mid"
@@ -42,6 +45,13 @@ def make_trainer(*overrides: str, run_dir: Path) -> tuple[Trainer, build.Parts, 
     engine = build.make_engine(settings)
     trainer, parts = build.make_trainer(settings, engine, run_dir, None)
     return trainer, parts, engine
+
+
+def use_reward(trainer: Trainer, reward: Reward) -> None:
+    """Let another reward answer in place of the configured one."""
+    scorer = trainer._scorer
+    (source,) = scorer._sources
+    scorer._sources = (Source(source.entry, InprocClient(reward, device="cpu")),)
 
 
 class Memory:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from adagrpo_train.errors import ConfigError
@@ -33,9 +34,6 @@ class Group:
         if not self.limit > 0 or not self.eps > 0:
             raise ConfigError(f"advantage.limit={self.limit}, advantage.eps={self.eps}: both must be > 0")
 
-    def __call__(self, rewards: Tensor, group: Tensor, level: Level | None) -> Tensor:
-        return self.local(rewards, group)
-
     def local(self, rewards: Tensor, group: Tensor) -> Tensor:
         """Advantage against the group alone [N]."""
         if self.std == "global":
@@ -43,6 +41,10 @@ class Group:
         else:
             values = f.group_advantages(rewards, group, eps=self.eps, unbiased=self.unbiased)
         return values.clamp(-self.limit, self.limit)
+
+    def across(self, rewards: Tensor, group: Tensor, level: Level) -> Tensor:
+        """Advantage against the policy's past [N]: none."""
+        return torch.zeros_like(rewards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +66,10 @@ class CrossLevel(Group):
         if self.mode not in ("official", "absolute"):
             raise ConfigError(f"advantage.mode={self.mode}: choose official or absolute")
 
-    def __call__(self, rewards: Tensor, group: Tensor, level: Level | None) -> Tensor:
-        if level is None:
-            raise ConfigError("advantage=cross_level needs a proficiency level and the curriculum has none yet")
-        return self.local(rewards, group) + self.weight * self._global(rewards, group, level)
-
-    def _global(self, rewards: Tensor, group: Tensor, level: Level) -> Tensor:
+    def across(self, rewards: Tensor, group: Tensor, level: Level) -> Tensor:
+        """Advantage against the policy's past [N]."""
         if self.mode == "absolute":
-            return f.capability_advantages_absolute(rewards, mean=level.mean, std=level.std, limit=self.limit)
-        values = f.capability_advantages_official(rewards, group, mean=level.mean, std=level.std)
-        return values.clamp(-self.limit, self.limit)
+            values = f.capability_advantages_absolute(rewards, mean=level.mean, std=level.std, limit=self.limit)
+        else:
+            values = f.capability_advantages_official(rewards, group, mean=level.mean, std=level.std)
+        return self.weight * values.clamp(-self.limit, self.limit)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adagrpo_train.curriculum.level import LevelTracker
@@ -36,15 +37,21 @@ class ScoredCurriculum(ABC):
         self._tracker = LevelTracker(alpha=alpha)
 
     def select(self, rewards: Tensor | None, count: int) -> Selection:
-        """Update the level with the candidates' rewards [B] and choose `count` of them.
+        """Update the level with the candidates' rewards [B] and choose `count` of them, none whose reward is missing.
+
+        Args:
+            rewards: [B], NaN where missing.
+            count: at most as many as have a reward.
 
         Raises:
             ValueError: rewards is None; this curriculum needs one reward per candidate.
         """
         if rewards is None:
             raise ValueError("a scored curriculum needs the candidates' rewards")
-        level = self._tracker.update(rewards)
-        return Selection(tuple(self.pick(rewards, level, count)), level)
+        rows = torch.nonzero(rewards.isfinite()).flatten()
+        level = self._tracker.update(rewards[rows])
+        picked = self.pick(rewards[rows], level, count)
+        return Selection(tuple(rows[picked].tolist()), level)
 
     @abstractmethod
     def pick(self, rewards: Tensor, level: Level, count: int) -> list[int]:

@@ -30,8 +30,8 @@ class Uniform:
         return Selection(tuple(range(count)), self._tracker.level)
 
     def observe(self, rewards: Tensor) -> Level:
-        """Update the level with the rewards of the training samples and return it."""
-        return self._tracker.update(rewards)
+        """Update the level with the rewards of the training samples, NaN where missing, and return it."""
+        return self._tracker.update(rewards[rewards.isfinite()])
 
     def state_dict(self) -> dict[str, Any]:
         return self._tracker.state_dict()

@@ -1,5 +1,7 @@
 """Integrate the policy from noise to latents, recording the stochastic steps it will be trained on."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -94,19 +96,30 @@ class FlowSampler:
 
     @torch.no_grad()
     def roll_out(
-        self, velocity: Velocity, conditions: Conditions, prompts: Prompts, trunks: Trunks | None, iteration: int
+        self,
+        velocity: Velocity,
+        conditions: Conditions,
+        prompts: Prompts,
+        trunks: Trunks | None,
+        iteration: int,
+        finished: Callable[[Tensor, Tensor, Tensor], None] = lambda x0, prompt, group: None,
     ) -> Rollout:
         """group_size samples per group: one group per prompt, or per prompt and branch step.
 
         Args:
             conditions, prompts: P rows.
             trunks: P rows with the anchors to branch from; None unless the plan branches.
+            finished: told of samples as soon as they are, in their order: x0 [n, *latent], prompt [n], group [n].
         """
         if not self._plan.branches:
-            return self._trajectories(velocity, conditions, prompts, iteration)
+            return self._trajectories(velocity, conditions, prompts, iteration, finished)
         if trunks is None:
             trunks = self.trunks(velocity, conditions, prompts, iteration)
-        return self._branch(velocity, conditions, prompts, trunks, iteration)
+        rollout = self._branch(velocity, conditions, prompts, trunks, iteration)
+        # The last step runs over all samples together, so none is finished before the others.
+        for rows in torch.arange(len(rollout.x0)).split(self._micro_batch):
+            finished(rollout.x0[rows], rollout.prompt[rows], rollout.group[rows])
+        return rollout
 
     @torch.no_grad()
     def render(self, velocity: Velocity, conditions: Conditions, noise: Tensor) -> Tensor:
@@ -116,11 +129,18 @@ class FlowSampler:
             x = self._ode_step(velocity, x, i, conditions)
         return x
 
-    def _trajectories(self, velocity: Velocity, conditions: Conditions, prompts: Prompts, iteration: int) -> Rollout:
+    def _trajectories(
+        self,
+        velocity: Velocity,
+        conditions: Conditions,
+        prompts: Prompts,
+        iteration: int,
+        finished: Callable[[Tensor, Tensor, Tensor], None],
+    ) -> Rollout:
         plan = self.steps(iteration)
         prompt = torch.arange(len(prompts)).repeat_interleave(self._group_size)
         member = torch.arange(self._group_size).repeat(len(prompts))
-        finished: list[Tensor] = []
+        done: list[Tensor] = []
         recorded: list[Transitions] = []
         for rows in torch.arange(len(prompt)).split(self._micro_batch):
             owners, members = prompt[rows].tolist(), member[rows].tolist()
@@ -136,8 +156,9 @@ class FlowSampler:
                 if i in plan.trained:
                     recorded.append(step)
                 x = step.x_next
-            finished.append(x)
-        return Rollout(torch.cat(finished), prompt, prompt, recorded)
+            done.append(x)
+            finished(x, prompt[rows], prompt[rows])
+        return Rollout(torch.cat(done), prompt, prompt, recorded)
 
     def _branch(
         self, velocity: Velocity, conditions: Conditions, prompts: Prompts, trunks: Trunks, iteration: int

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, KwargsHandler, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from adagrpo_train.errors import ConfigError
+from adagrpo_train.errors import AdaGRPOError, ConfigError
 
 T = TypeVar("T")
 
@@ -64,6 +64,11 @@ class Engine:
         return self._accelerator.num_processes
 
     @property
+    def local_rank(self) -> int:
+        """Place of this process on its node."""
+        return self._accelerator.local_process_index
+
+    @property
     def is_main(self) -> bool:
         return self._accelerator.is_main_process
 
@@ -101,6 +106,21 @@ class Engine:
         box: list[Any] = [value]
         broadcast_object_list(box)
         return box[0]
+
+    def together(self, function: Callable[[], T]) -> T:
+        """What a function returns on this rank; an error of any rank is raised on every rank, so that none hangs."""
+        outcome: T | AdaGRPOError
+        try:
+            outcome = function()
+        except AdaGRPOError as error:
+            outcome = error
+        errors = self.gather_objects(outcome if isinstance(outcome, AdaGRPOError) else None)
+        for error in errors:
+            if error is not None:
+                error.on_every_rank = True
+                raise error
+        assert not isinstance(outcome, AdaGRPOError)
+        return outcome
 
     def wait(self) -> None:
         self._accelerator.wait_for_everyone()

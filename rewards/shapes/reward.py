@@ -1,25 +1,50 @@
-"""The shapes reward: how well an image shows what a caption of the shapes grammar asks for.
+"""The shapes reward: how well an image shows what a caption of the shapes grammar asks for."""
 
-Range: smooth in [0, 1], strict 0 or 1. No weights, no licence beyond this project's. Needs numpy and scipy.
-"""
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
-import numpy as np
-
+from rewards.contract import API_VERSION, ItemError, RewardInfo, Sample
 from rewards.shapes.verifier import score
 
 
 class ShapesReward:
-    """Scores each image by the verifier, which sees the pixels and the prompt and nothing else."""
+    """Scores each image by the verifier, which sees the pixels and the prompt and nothing else.
 
-    def score(self, images: np.ndarray, prompts: list[str]) -> dict[str, list[float]]:
-        """Score images against captions.
+    Metrics: smooth in [0, 1] and strict, 0 or 1. Needs numpy and scipy.
+    """
 
-        Args:
-            images: uint8 [N, H, W, 3].
-            prompts: N captions of the grammar.
+    api_version: ClassVar[int] = API_VERSION
+    info = RewardInfo(
+        name="shapes",
+        metrics=("smooth", "strict"),
+        value_range=(0.0, 1.0),
+        max_batch=64,
+        tolerance=0.0,
+        source="rewards/shapes/verifier.py",
+        licence="Apache-2.0, no weights",
+        example_prompts=("a red circle", "two blue squares", "a red circle left of a green square"),
+    )
+
+    def load(self, device: str) -> None:
+        """Nothing to load."""
+
+    def score(self, batch: Sequence[Sample]) -> Sequence[Mapping[str, float]]:
+        """Smooth and strict score of each image.
 
         Raises:
-            ValueError: a prompt is outside the grammar; the message names it.
+            ItemError: a prompt is outside the grammar; the message names it.
         """
-        scores = [score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-        return {"smooth": [s.smooth for s in scores], "strict": [s.strict for s in scores]}
+        return [self._score(sample) for sample in batch]
+
+    def fingerprint(self) -> str:
+        return "shapes@1"
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _score(self, sample: Sample) -> dict[str, float]:
+        try:
+            result = score(sample.image, sample.prompt)
+        except ValueError as error:
+            raise ItemError(str(error)) from error
+        return {"smooth": result.smooth, "strict": result.strict}

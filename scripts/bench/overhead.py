@@ -11,7 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from adagrpo_train import build
 from adagrpo_train.settings import read_settings
 from adagrpo_train.trainer import Trainer
 from adagrpo_train.types import Conditions
+from rewards.contract import Sample
 
 CASES = {
     "flow_grpo": ["algorithm=flow_grpo"],
@@ -41,7 +42,7 @@ class Calls:
 
     network: list[tuple[bool, int]] = field(default_factory=list)  # (with gradient, states)
     decoded: list[Tensor] = field(default_factory=list)
-    scored: list[tuple[np.ndarray, list[str]]] = field(default_factory=list)
+    scored: list[Sequence[Sample]] = field(default_factory=list)
 
 
 def main() -> None:
@@ -79,8 +80,8 @@ def measure(overrides: list[str], repeats: int) -> tuple[float, float]:
 
 def record(trainer: Trainer, parts: build.Parts, calls: Calls) -> Callable[[], None]:
     """Note every call of the network, the decoder and the reward. Returns how to stop."""
-    policy, reward = parts.policy, parts.scorer._reward
-    velocity, decode, score = policy.velocity, policy.decode, reward.score
+    policy, client = parts.policy, parts.rewards.sources[0].client
+    velocity, decode, submit = policy.velocity, policy.decode, client.submit
 
     def noted_velocity(x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         calls.network.append((torch.is_grad_enabled(), len(x)))
@@ -90,14 +91,14 @@ def record(trainer: Trainer, parts: build.Parts, calls: Calls) -> Callable[[], N
         calls.decoded.append(x0)
         return decode(x0)
 
-    def noted_score(images: np.ndarray, prompts: list[str]) -> Any:
-        calls.scored.append((images, prompts))
-        return score(images, prompts)
+    def noted_submit(samples: Sequence[Sample]) -> Any:
+        calls.scored.append(samples)
+        return submit(samples)
 
-    policy.velocity, policy.decode, reward.score = noted_velocity, noted_decode, noted_score  # type: ignore[method-assign]
+    policy.velocity, policy.decode, client.submit = noted_velocity, noted_decode, noted_submit  # type: ignore[method-assign]
 
     def undo() -> None:
-        del policy.velocity, policy.decode, reward.score  # type: ignore[attr-defined]
+        del policy.velocity, policy.decode, client.submit  # type: ignore[attr-defined]
 
     return undo
 
@@ -115,8 +116,8 @@ def replay(parts: build.Parts, calls: Calls) -> None:
             output.mean().backward()
     for x0 in calls.decoded:
         model.decode(x0)
-    for images, prompts in calls.scored:
-        parts.scorer._reward.score(images, prompts)
+    for samples in calls.scored:
+        parts.rewards.sources[0].client.submit(samples).result()
     for parameter in policy.parameters:
         parameter.grad = None
 

@@ -12,7 +12,8 @@ from adagrpo_train.algorithms.advantages import CrossLevel
 from adagrpo_train.errors import ConfigError, RewardError, TrainingError
 from adagrpo_train.runtime import checkpoint
 from adagrpo_train.types import Level
-from tests.support import Memory, make_trainer
+from rewards.shapes.reward import ShapesReward
+from tests.support import Memory, make_trainer, use_reward
 
 ALGORITHMS = ("flow_grpo", "dance_grpo", "flow_cps")
 STEPS = 4
@@ -54,7 +55,7 @@ def test_later_updates_of_an_iteration_have_ratios_other_than_one(tmp_path: Path
         "inner_epochs=2",
         "updates_per_iteration=2",
         "optimizer.lr=1e-3",
-        "reward.weights={smooth: 1.0}",
+        "reward.shapes.weights={smooth: 1.0}",
         run_dir=tmp_path,
     )
     _reward_pixels(trainer)
@@ -171,9 +172,9 @@ def test_candidates_are_trunks_and_are_sampled_once(tmp_path: Path) -> None:
         seen["trunks"] = trunks_of(*args)
         return seen["trunks"]
 
-    def branch(velocity, conditions, prompts, trunks, iteration):
+    def branch(velocity, conditions, prompts, trunks, *others):
         seen["used"] = trunks
-        return roll_out(velocity, conditions, prompts, trunks, iteration)
+        return roll_out(velocity, conditions, prompts, trunks, *others)
 
     sampler.trunks, sampler.roll_out = trunks, branch  # type: ignore[method-assign]
     memory = Memory()
@@ -185,7 +186,7 @@ def test_candidates_are_trunks_and_are_sampled_once(tmp_path: Path) -> None:
 
 def test_groups_without_spread_do_not_move_the_weights_and_are_counted(tmp_path: Path) -> None:
     trainer, parts, _ = make_trainer("iterations=1", "optimizer.weight_decay=0.0", run_dir=tmp_path)
-    trainer._scorer._reward = _Constant()
+    use_reward(trainer, _Constant())
     before = [p.detach().clone() for p in parts.policy.parameters]
     memory = Memory()
     trainer.train(memory)
@@ -194,26 +195,26 @@ def test_groups_without_spread_do_not_move_the_weights_and_are_counted(tmp_path:
     assert all(torch.equal(a, b) for a, b in zip(before, parts.policy.parameters, strict=True))
 
 
-class _Constant:
+class _Constant(ShapesReward):
     """0.3 is not exact in binary: a float32 standard deviation would not be 0."""
 
-    def score(self, images, prompts):
-        return {"smooth": [0.3] * len(prompts), "strict": [0.3] * len(prompts)}
+    def score(self, batch):
+        return [{"smooth": 0.3, "strict": 0.3}] * len(batch)
 
 
-class _Fails:
+class _Fails(ShapesReward):
     def __init__(self, value: float) -> None:
         self._value = value
 
-    def score(self, images, prompts):
-        return {"smooth": [self._value] * len(prompts), "strict": [0.0] * len(prompts)}
+    def score(self, batch):
+        return [{"smooth": self._value, "strict": 0.0}] * len(batch)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_finite_stops_the_run(value: float, tmp_path: Path) -> None:
     trainer, _, _ = make_trainer(run_dir=tmp_path)
-    trainer._scorer._reward = _Fails(value)
-    with pytest.raises(RewardError, match=r"reward smooth: .*(nan|inf)"):
+    use_reward(trainer, _Fails(value))
+    with pytest.raises(RewardError, match=r"reward shapes: none of .* got a score; .*finite"):
         trainer.train(Memory())
 
 
@@ -222,9 +223,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(tmp_
     _reward_pixels(trainer)
     advantages = trainer._advantages
 
-    def poisoned(scores, rollout):
-        values, metrics = advantages(scores, rollout)
-        return values * float("nan"), metrics
+    def poisoned(*arguments):
+        values, usable, metrics = advantages(*arguments)
+        return values * float("nan"), usable, metrics
 
     trainer._advantages = poisoned  # type: ignore[method-assign]
     before = [p.detach().clone() for p in parts.policy.parameters]
@@ -269,8 +270,8 @@ def test_the_kl_is_zero_at_the_reference_and_positive_away_from_it(tmp_path: Pat
 def test_absolute_fusion_rewards_a_group_that_beats_the_level_as_a_whole() -> None:
     rewards, group = torch.tensor([0.8, 0.9]), torch.tensor([0, 0])
     make = {"std": "group", "unbiased": True, "eps": 1e-4, "limit": 5.0, "weight": 1.0}
-    official = CrossLevel(**make, mode="official")(rewards, group, Level(0.2, 0.2))
-    absolute = CrossLevel(**make, mode="absolute")(rewards, group, Level(0.2, 0.2))
+    official = CrossLevel(**make, mode="official").across(rewards, group, Level(0.2, 0.2))
+    absolute = CrossLevel(**make, mode="absolute").across(rewards, group, Level(0.2, 0.2))
     assert abs(float(official.mean())) < 1e-6
     assert float(absolute.mean()) == pytest.approx((3.0 + 3.5) / 2)
 
@@ -278,12 +279,11 @@ def test_absolute_fusion_rewards_a_group_that_beats_the_level_as_a_whole() -> No
 def _reward_pixels(trainer) -> None:
     """A reward with spread inside every group, whatever the model draws."""
 
-    class Pixels:
-        def score(self, images, prompts):
-            values = images.astype(float).mean((1, 2, 3)) / 255
-            return {"smooth": values.tolist(), "strict": values.tolist()}
+    class Pixels(ShapesReward):
+        def score(self, batch):
+            return [dict.fromkeys(self.info.metrics, float(sample.image.mean()) / 255) for sample in batch]
 
-    trainer._scorer._reward = Pixels()
+    use_reward(trainer, Pixels())
 
 
 def _use_sgd(trainer, parts) -> None:

@@ -41,10 +41,12 @@ def environment() -> dict[str, str]:
     return os.environ | extra
 
 
-def run(*overrides: str, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run(
+    *overrides: str, processes: int = 1, cwd: Path = ROOT, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*overrides, processes=processes),
-        env=environment(), cwd=cwd, capture_output=True, text=True, timeout=600, check=False,
+        env=environment() | (variables or {}), cwd=cwd, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
 
@@ -85,7 +87,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(plan: 
     succeed(*settings, f"hydra.run.dir={tmp_path / 'straight'}")
     killed = subprocess.Popen(command(*settings, f"hydra.run.dir={tmp_path / 'killed'}"), env=environment(), cwd=ROOT)
     try:
-        _wait_for(lambda: any(row["iteration"] == 3 for row in _rows_so_far(tmp_path / "killed")))
+        wait_for(lambda: any(row["iteration"] == 3 for row in _rows_so_far(tmp_path / "killed")))
     finally:
         killed.send_signal(signal.SIGKILL)
         killed.wait()
@@ -105,7 +107,7 @@ def test_a_stop_signal_saves_and_exits_cleanly(number: signal.Signals, tmp_path:
         command("iterations=500", "checkpoint.every=0", f"hydra.run.dir={run_dir}"), env=environment(), cwd=ROOT
     )
     try:
-        _wait_for(lambda: len(_rows_so_far(run_dir)) > 2)
+        wait_for(lambda: len(_rows_so_far(run_dir)) > 2)
         process.send_signal(number)
         assert process.wait(timeout=60) == 0
     finally:
@@ -121,7 +123,7 @@ def test_two_processes_stop_cleanly_and_resume_bit_for_bit(tmp_path: Path) -> No
         command(*settings, f"hydra.run.dir={stopped}", processes=2), env=environment(), cwd=ROOT
     )
     try:
-        _wait_for(lambda: any(row["iteration"] == 2 for row in _rows_so_far(stopped)))
+        wait_for(lambda: any(row["iteration"] == 2 for row in _rows_so_far(stopped)))
         launcher.send_signal(signal.SIGTERM)
         launcher.wait(timeout=60)
     finally:
@@ -142,7 +144,7 @@ def test_a_killed_rank_ends_the_whole_run(tmp_path: Path) -> None:
         command("iterations=5000", f"hydra.run.dir={run_dir}", processes=2), env=environment(), cwd=ROOT
     )
     try:
-        _wait_for(lambda: len(_rows_so_far(run_dir)) > 2)
+        wait_for(lambda: len(_rows_so_far(run_dir)) > 2)
         ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         assert len(ranks) == 2
         os.kill(int(ranks[1]), signal.SIGKILL)
@@ -310,7 +312,7 @@ def _rows_so_far(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _wait_for(condition: Any, seconds: float = 240) -> None:
+def wait_for(condition: Any, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "timed out"

@@ -1,0 +1,1 @@
+"""Vision-language models as judges, behind any server that speaks OpenAI's chat format (vLLM, SGLang)."""

@@ -1,0 +1,1 @@
+"""A reward behind a socket: one process, one model, one device, one port."""

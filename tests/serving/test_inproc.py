@@ -1,0 +1,185 @@
+"""A reward in the process of its caller: the same answers as behind a socket."""
+
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rewards.client.batch import RewardUnavailableError, pack, units
+from rewards.client.inproc import InprocClient
+from rewards.contract import ItemError, RewardInfo, Sample
+from tests.serving.ordered import Ordered
+
+INFO = replace(Ordered.info, max_batch=4)
+
+
+class Plain(Ordered):
+    """Notes its batches and the threads that use it."""
+
+    info = INFO
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.batches: list[list[str]] = []
+        self.threads: set[int] = set()
+        self.closed = False
+
+    def load(self, device: str) -> None:
+        self.threads.add(threading.get_ident())
+        super().load(device)
+
+    def score(self, batch: Sequence[Sample]) -> Sequence[Mapping[str, float]]:
+        self.threads.add(threading.get_ident())
+        self.batches.append([sample.id for sample in batch])
+        return super().score(batch)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def samples(count: int, prompts: dict[int, str] | None = None, groups: Sequence[str] = ()) -> list[Sample]:
+    return [
+        Sample(str(n), (prompts or {}).get(n, ""), np.full((16, 16, 3), n, np.uint8), (*groups, *"." * count)[n])
+        for n in range(count)
+    ]
+
+
+def test_scores_come_in_order_from_one_thread_while_the_caller_goes_on() -> None:
+    reward = Plain(seconds=0.2)
+    client = InprocClient(reward, device="cpu")
+    started = time.monotonic()
+    futures = [client.submit(samples(10)), client.submit(samples(3))]
+    assert time.monotonic() - started < 0.2
+    batches = [future.result() for future in futures]
+    assert [batch.scores["ordered"].tolist() for batch in batches] == [[*range(10)], [*range(3)]]
+    assert batches[0].scores["ordered"].dtype == np.float32
+    assert batches[0].reasons == [None] * 10
+    assert batches[0].fingerprint == client.fingerprint == "ordered@1"
+    assert [len(batch) for batch in reward.batches] == [4, 4, 2, 3]
+    assert len(reward.threads) == 1
+    assert threading.get_ident() not in reward.threads
+    client.close()
+    client.close()
+    assert reward.closed
+    with pytest.raises(RuntimeError, match="closed"):
+        client.submit(samples(1))
+
+
+def test_what_the_reward_refuses_is_missing_alone() -> None:
+    reward = Plain()
+    client = InprocClient(reward, device="cpu")
+    batch = client.submit(samples(8, {2: "refuse", 5: "nan"})).result()
+    expected = np.arange(8, dtype=np.float32)
+    expected[[2, 5]] = np.nan
+    np.testing.assert_array_equal(batch.scores["ordered"], expected)
+    assert batch.reasons[2] == "unsupported_item: this prompt cannot be scored"
+    assert batch.reasons[5] == "non_finite: the score is not a finite number"
+    assert [reason for n, reason in enumerate(batch.reasons) if n not in (2, 5)] == [None] * 6
+    assert reward.batches == [["0", "1", "2", "3"], ["0"], ["1"], ["2"], ["3"], ["4", "5", "6", "7"]]
+    client.close()
+
+
+def test_what_float32_cannot_hold_is_missing() -> None:
+    class Huge(Plain):
+        def score(self, batch: Sequence[Sample]) -> Sequence[Mapping[str, float]]:
+            return [{"ordered": value} for value in (1e300, -1e39, math.inf, 3e38)][: len(batch)]
+
+    client = InprocClient(Huge(), device="cpu")
+    batch = client.submit(samples(4)).result()
+    assert np.isnan(batch.scores["ordered"]).tolist() == [True, True, True, False]
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (lambda batch: 1 / 0, ZeroDivisionError),
+        (lambda batch: [{"ordered": 1.0}] * (len(batch) - 1), RuntimeError),
+        (lambda batch: [{"other": 1.0}] * len(batch), KeyError),
+    ],
+)
+def test_a_mistake_of_the_reward_is_raised_and_not_swallowed(wrong: Any, error: type[Exception]) -> None:
+    class Wrong(Plain):
+        def score(self, batch: Sequence[Sample]) -> Any:
+            return wrong(batch)
+
+    client = InprocClient(Wrong(), device="cpu")
+    with pytest.raises(error):
+        client.submit(samples(3)).result()
+    client.close()
+
+
+def test_a_reward_that_cannot_be_loaded_says_so_everywhere() -> None:
+    client = InprocClient(Plain(broken=True), device="cpu")
+    for ask in (
+        lambda: client.wait_ready(5),
+        lambda: client.fingerprint,
+        lambda: client.submit(samples(1)).result(),
+    ):
+        with pytest.raises(RuntimeError, match="the weights are damaged"):
+            ask()
+    client.close()
+
+
+def test_waiting_for_a_load_ends() -> None:
+    client = InprocClient(Plain(load_seconds=0.6), device="cpu")
+    with pytest.raises(RewardUnavailableError, match="not loaded"):
+        client.wait_ready(0.1)
+    client.wait_ready(5)
+    client.close()
+
+
+def test_closing_cancels_what_was_not_begun() -> None:
+    client = InprocClient(Plain(seconds=0.3), device="cpu")
+    first, second = client.submit(samples(1)), client.submit(samples(1))
+    time.sleep(0.1)
+    client.close()
+    assert first.result().reasons == [None]
+    assert second.cancelled()
+
+
+def test_groups_stay_whole_where_scores_compare_their_images() -> None:
+    """A group that the reward refuses is missing as a whole, and the other groups are not."""
+
+    class Comparing(Plain):
+        info = replace(INFO, groupwise=True)
+
+        def score(self, batch: Sequence[Sample]) -> Sequence[Mapping[str, float]]:
+            self.batches.append([sample.id for sample in batch])
+            if any(sample.prompt == "refuse" for sample in batch):
+                raise ItemError("no")
+            return [{"ordered": float(sum(other.group == sample.group for other in batch))} for sample in batch]
+
+    reward = Comparing()
+    client = InprocClient(reward, device="cpu")
+    batch = client.submit(samples(8, {4: "refuse"}, groups="aabbbaba")).result()
+    # a: 0 1 5 7, b: 2 3 4 6
+    assert reward.batches == [["0", "1", "5", "7"], ["2", "3", "4", "6"]]
+    assert [n for n, reason in enumerate(batch.reasons) if reason] == [2, 3, 4, 6]
+    assert batch.scores["ordered"][[0, 1, 5, 7]].tolist() == [4, 4, 4, 4]
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, [4, 4, 1]),
+        ({"groupwise": True}, [5, 4]),  # a group larger than a batch is a batch
+        ({"same_size": True}, [2, 4, 3]),
+    ],
+)
+def test_batches_are_cut_as_the_reward_wants_them(changes: dict[str, Any], sizes: list[int]) -> None:
+    info: RewardInfo = replace(INFO, **changes)
+    batch = [
+        Sample(str(n), "", np.zeros((16 if n < 2 else 32, 16, 3), np.uint8), "first" if n < 5 else "second")
+        for n in range(9)
+    ]
+    packed = pack(batch, info, most=4)
+    assert [len(part) for part in packed] == sizes
+    assert [sample for part in packed for sample in part] == batch
+    assert [sample for unit in units(batch, info) for sample in unit] == batch

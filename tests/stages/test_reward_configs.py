@@ -1,0 +1,54 @@
+"""Every reward that a run can choose: its file fits the plug-in it names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from adagrpo_train import build
+from adagrpo_train.errors import ConfigError
+from adagrpo_train.scoring import connect
+from adagrpo_train.settings import group_options, read_settings
+from rewards import registry
+
+CHOSEN = {
+    "custom": ["reward.custom.reward=jpeg_size", "+reward.custom.weights.jpeg_size=1.0"],
+}
+
+
+@pytest.mark.parametrize("name", group_options()["reward"])
+def test_its_settings_and_weights_are_those_of_the_plug_in(name: str) -> None:
+    section: Mapping[str, Any] = read_settings([f"reward={name}", *CHOSEN.get(name, [])]).values["reward"][name]
+    reward = registry.make(section["reward"], section["settings"])
+    assert set(section["weights"]) <= set(reward.info.metrics)
+    assert any(section["weights"].values())
+    assert name == "custom" or section["reward"] == name
+
+
+def test_every_shipped_reward_can_be_chosen() -> None:
+    assert set(registry.SHIPPED) == set(group_options()["reward"]) - {"custom"}
+
+
+def test_several_rewards_are_chosen_by_a_list() -> None:
+    settings = read_settings(["reward=[shapes,jpeg_size]", "reward.jpeg_size.weights.jpeg_size=0.5"])
+    assert list(settings.values["reward"]) == ["shapes", "jpeg_size"]
+    assert settings.choices["reward"] == "shapes+jpeg_size"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["reward=custom"], r"reward\.custom\.reward=: name the plug-in"),
+        (["reward=jpeg_size", "experiment=tiny_demo"], r"reward\.shapes: has settings but is not chosen"),
+        (["reward.shapes.mode=lokal"], r"reward\.shapes\.mode=lokal: choose one of inproc, local, remote"),
+        (["reward=[shapes,shape]"], r"reward=shape: no such option; did you mean shapes\?"),
+        (["reward.shapes.wait=3"], r"unknown key 'reward\.shapes\.wait'"),
+        (["+reward.shapes.settings.size=3"], r"reward\.shapes\.settings=.*size"),
+    ],
+)
+def test_mistakes_are_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings = read_settings(overrides)
+        for name, section in settings.values["reward"].items():
+            entry = build._entry(name, section)
+            connect.make(entry)

@@ -1,0 +1,278 @@
+"""Several rewards as one scorer: parts, totals, missing scores, and what happens when nobody answers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from adagrpo_train.algorithms.advantages import Group
+from adagrpo_train.errors import ConfigError, RewardError
+from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.scoring.entry import RewardEntry
+from adagrpo_train.scoring.scorer import Scorer, Source
+from rewards.client.batch import RewardBatch, RewardRefusedError, RewardUnavailableError
+from rewards.client.inproc import InprocClient
+from rewards.contract import ItemError, RewardInfo, Sample
+
+NAN = math.nan
+GROUP = Group(std="group", unbiased=True, eps=1e-8, limit=5.0)
+
+
+class Table:
+    """A reward that looks its scores up by prompt; a prompt that is not there cannot be scored."""
+
+    api_version: ClassVar[int] = 1
+
+    def __init__(self, name: str, scores: Mapping[str, Mapping[str, float]]) -> None:
+        metrics = tuple(next(iter(scores.values())))
+        self.info = RewardInfo(name, metrics, None, max_batch=8, tolerance=0.0, source="test", licence="Apache-2.0")
+        self._scores = scores
+
+    def load(self, device: str) -> None: ...
+
+    def score(self, batch: Sequence[Sample]) -> Sequence[Mapping[str, float]]:
+        for sample in batch:
+            if sample.prompt not in self._scores:
+                raise ItemError(f"no score for {sample.prompt!r}")
+        return [self._scores[sample.prompt] for sample in batch]
+
+    def fingerprint(self) -> str:
+        return self.info.name
+
+    def close(self) -> None: ...
+
+
+class Absent(InprocClient):
+    """Nobody answers the first `times` requests."""
+
+    def __init__(self, reward: Table, times: int, error: type[Exception] = RewardUnavailableError) -> None:
+        super().__init__(reward, device="cpu")
+        self.times, self.error, self.waits = times, error, 0
+
+    def submit(self, samples: Sequence[Sample]) -> Future[RewardBatch]:
+        self.times -= 1
+        if self.times < 0:
+            return super().submit(samples)
+        future: Future[RewardBatch] = Future()
+        future.set_exception(self.error("nobody there"))
+        return future
+
+    def wait_ready(self, seconds: float) -> None:
+        self.waits += 1
+
+
+def entry(name: str, weights: dict[str, float] | None = None, **settings: Any) -> RewardEntry:
+    weights = {"a": 1.0} if weights is None else weights
+    return RewardEntry(name=name, reward=name, settings={}, weights=weights, **settings)
+
+
+def scorer(*pairs: tuple[RewardEntry, Table | InprocClient], **settings: Any) -> Scorer:
+    sources = [
+        Source(own, reward if isinstance(reward, InprocClient) else InprocClient(reward, device="cpu"))
+        for own, reward in pairs
+    ]
+    defaults: dict[str, Any] = {"scale": "raw", "level": "reward", "alpha": 0.5}
+    return Scorer(sources, **(defaults | settings), engine=Engine(kind="single", device="cpu"))
+
+
+def images(prompts: Sequence[str]) -> np.ndarray:
+    return np.zeros((len(prompts), 16, 16, 3), np.uint8)
+
+
+A = Table("first", {"x": {"a": 1.0, "b": 10.0}, "y": {"a": 2.0, "b": 30.0}})
+C = Table("second", {"x": {"c": 5.0}, "y": {"c": 3.0}})
+
+
+def test_the_total_is_the_weighted_sum_of_all_rewards_and_parts_are_kept() -> None:
+    both = scorer((entry("first", {"a": 1.0, "b": 0.1}), A), (entry("second", {"c": 2.0}), C))
+    scores = both.score(images("xy"), ["x", "y"])
+    assert scores.total.tolist() == pytest.approx([1 + 1 + 10, 2 + 3 + 6])
+    assert {name: values.tolist() for name, values in scores.parts.items()} == {
+        "a": [1.0, 2.0],
+        "b": [10.0, 30.0],
+        "c": [5.0, 3.0],
+    }
+    assert scores.missing == {"first": 0.0, "second": 0.0}
+
+
+def test_scores_keep_their_order_over_pieces() -> None:
+    one = scorer((entry("first"), A))
+    collector = one.collect()
+    for piece in (["y"], ["x", "y", "x"], ["y"]):
+        collector.add(images(piece), piece)
+    assert collector.scores().total.tolist() == [2.0, 1.0, 2.0, 1.0, 2.0]
+
+
+def test_metrics_of_one_name_are_told_apart_by_their_rewards() -> None:
+    twins = scorer((entry("first"), A), (entry("other"), Table("other", {"x": {"a": 7.0}})))
+    scores = twins.score(images("x"), ["x"])
+    assert {"first.a", "b", "other.a"} == set(scores.parts)
+    assert scores.total.tolist() == [8.0]
+
+
+def test_a_score_that_is_missing_is_nan_with_its_reason_and_never_zero() -> None:
+    one = scorer((entry("first", max_bad_fraction=0.5), A))
+    scores = one.score(images("xzy"), ["x", "z", "y"])
+    assert scores.total[[0, 2]].tolist() == [1.0, 2.0]
+    assert math.isnan(scores.total[1])
+    assert scores.missing == {"first": pytest.approx(1 / 3)}
+    assert "no score for 'z'" in scores.reason
+    assert one.excess(scores) == ""
+
+
+def test_more_missing_scores_than_allowed_are_told() -> None:
+    one = scorer((entry("first", max_bad_fraction=0.3), A))
+    assert "33% of the scores of reward first are missing" in one.excess(one.score(images("xzy"), ["x", "z", "y"]))
+
+
+def test_a_reward_that_scores_nothing_at_all_stops_the_run() -> None:
+    with pytest.raises(RewardError, match=r"none of 2 images got a score; first: .*no score for 'z'"):
+        scorer((entry("first"), A)).score(images("zz"), ["z", "z"])
+
+
+def test_rewards_for_evaluation_are_asked_for_evaluations_only() -> None:
+    pair = scorer((entry("first"), A), (entry("second", {}, role="evaluation"), C))
+    assert set(pair.score(images("x"), ["x"]).parts) == {"a", "b"}
+    scores = pair.score(images("x"), ["x"], evaluation=True)
+    assert scores.parts["c"].tolist() == [5.0]
+    assert scores.total.tolist() == [1.0]
+
+
+def test_calibrated_scores_count_in_deviations_of_the_first_evaluation() -> None:
+    both = scorer((entry("first", {"a": 1.0}), A), (entry("second", {"c": 0.5}), C), scale="calibrated")
+    parts = both.score(images("xy"), ["x", "y"], evaluation=True).parts
+    with pytest.raises(RewardError, match="no calibration yet"):
+        both.total(parts)
+    both.calibrate(parts)
+    # a: 1, 2 are -1, +1 deviations; c: 5, 3 are +1, -1.
+    assert both.total(parts).tolist() == pytest.approx([-1 + 0.5, 1 - 0.5])
+    both.calibrate({name: values * 100 for name, values in parts.items()})
+    assert both.total(parts).tolist() == pytest.approx([-0.5, 0.5])
+    again = scorer((entry("first", {"a": 1.0}), A), (entry("second", {"c": 0.5}), C), scale="calibrated")
+    again.load_state_dict(both.state_dict())
+    assert again.total(parts).tolist() == pytest.approx([-0.5, 0.5])
+
+
+def test_a_reward_without_spread_cannot_be_calibrated() -> None:
+    one = scorer((entry("first"), A), scale="calibrated")
+    with pytest.raises(RewardError, match=r"same score in \['a'\]"):
+        one.calibrate({"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([1.0, 2.0])})
+
+
+def test_advantages_of_each_reward_or_of_their_sum() -> None:
+    group = torch.tensor([0, 0])
+    parts = {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(2), "c": torch.tensor([5.0, 3.0])}
+    pairs = [(entry("first", {"a": 1.0}), A), (entry("second", {"c": 0.25}), C)]
+    root = 1 / math.sqrt(2)  # of two samples, each lies this many unbiased deviations from the mean
+    summed = scorer(*pairs).local_advantages(parts, group, 2, GROUP)
+    assert summed.tolist() == pytest.approx([-root, root])  # 2.25, 2.75
+    apart = scorer(*pairs, level="advantage").local_advantages(parts, group, 2, GROUP)
+    assert apart.tolist() == pytest.approx([-root + root / 4, root - root / 4])
+
+
+def test_an_optional_reward_that_is_missing_leaves_the_judgement_to_the_others() -> None:
+    group = torch.tensor([0, 0, 0, 0])
+    pairs = [(entry("first", {"a": 1.0}), A), (entry("second", {"c": 1.0}, required=False), C)]
+    parts = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.zeros(4), "c": torch.tensor([NAN, NAN, NAN, 3.0])}
+    optional = scorer(*pairs, level="advantage")
+    assert optional.total(parts).tolist() == [1.0, 2.0, 3.0, 4.0]
+    expected = 2 * GROUP.local(parts["a"], group)
+    assert torch.allclose(optional.local_advantages(parts, group, 4, GROUP), expected)
+
+
+def test_levels_follow_each_part_over_what_is_there() -> None:
+    one = scorer((entry("first"), A))
+    first = one.follow({"a": torch.tensor([1.0, NAN, 3.0]), "b": torch.full((3,), NAN)})
+    assert first == {"reward/a/level": 2.0}
+    assert one.follow({"a": torch.tensor([4.0])})["reward/a/level"] == 3.0
+    again = scorer((entry("first"), A))
+    again.load_state_dict(one.state_dict())
+    assert again.follow({"a": torch.tensor([3.0])})["reward/a/level"] == 3.0
+
+
+def test_a_run_stops_when_nobody_answers() -> None:
+    client = Absent(A, times=1)
+    with pytest.raises(RewardError, match=r"nobody there.*reward\.first\.on_unavailable=wait"):
+        scorer((entry("first"), client)).score(images("x"), ["x"])
+    assert client.waits == 0
+
+
+def test_a_run_waits_for_a_reward_if_told_to() -> None:
+    client = Absent(A, times=3)
+    waiting = scorer((entry("first", on_unavailable="wait"), client))
+    collector = waiting.collect()
+    for piece in ("x", "y"):
+        collector.add(images(piece), [piece])
+    assert collector.scores().total.tolist() == [1.0, 2.0]
+    assert client.waits == 2  # both pieces failed, then the whole once more
+
+
+def test_a_run_waits_no_longer_than_told() -> None:
+    client = Absent(A, times=10**9)
+    with pytest.raises(RewardError, match="nobody there"):
+        scorer((entry("first", on_unavailable="wait", wait_seconds=0.2), client)).score(images("x"), ["x"])
+
+
+@pytest.mark.parametrize("error", [RewardRefusedError, ZeroDivisionError])
+def test_what_waiting_cannot_mend_stops_the_run_at_once(error: type[Exception]) -> None:
+    client = Absent(A, times=1, error=error)
+    with pytest.raises(RewardError, match=r"reward first: .*nobody there"):
+        scorer((entry("first", on_unavailable="wait"), client)).score(images("x"), ["x"])
+
+
+def test_a_run_goes_on_without_an_optional_reward() -> None:
+    pair = scorer(
+        (entry("first"), A), (entry("second", {"c": 1.0}, required=False), Absent(C, times=1)), level="advantage"
+    )
+    scores = pair.score(images("xy"), ["x", "y"])
+    assert scores.total.tolist() == [1.0, 2.0]
+    assert scores.parts["c"].isnan().all()
+    assert scores.missing["second"] == 1.0
+    assert pair.score(images("xy"), ["x", "y"]).parts["c"].tolist() == [5.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("entries", "settings", "message"),
+    [
+        ([entry("first", {"a": 1.0, "z": 1.0})], {}, r"reward\.first\.weights\.z=.*metrics a, b"),
+        ([entry("first", {}, role="evaluation")], {}, "nothing to train on"),
+        ([entry("first", required=False)], {}, r"reward\.first\.required=False: needs scoring\.level=advantage"),
+        ([entry("first", required=False)], {"level": "advantage"}, "keep one with required=true"),
+        ([entry("first")], {"scale": "z"}, r"scoring\.scale=z"),
+        ([entry("first")], {"level": "z"}, r"scoring\.level=z"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    entries: list[RewardEntry], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        scorer(*[(own, A) for own in entries], **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": {}}, "weights"),
+        ({"weights": {"a": 0.0}}, "weights"),
+        ({"weights": {"a": NAN}}, r"weights\.a=nan"),
+        ({"weights": {"a": True}}, r"weights\.a"),
+        ({"role": "evaluation"}, "never trains"),
+        ({"role": "both"}, "train, evaluation"),
+        ({"mode": "cloud"}, "inproc, local, remote"),
+        ({"mode": "remote"}, r"urls=\[\]"),
+        ({"urls": ["http://h:1"]}, r"belongs to reward\.r\.mode=remote"),
+        ({"python": "/usr/bin/python3"}, r"belongs to reward\.r\.mode=local"),
+        ({"devices": ["cpu"]}, r"belongs to reward\.r\.mode=local"),
+        ({"device": "cpu", "mode": "local"}, r"belongs to reward\.r\.mode=inproc"),
+        ({"max_bad_fraction": 1.0}, "max_bad_fraction=1.0"),
+        ({"deadline_seconds": 0.0}, "deadline_seconds=0.0"),
+        ({"hedge_seconds": -1.0}, "hedge_seconds=-1.0"),
+    ],
+)
+def test_entries_that_contradict_themselves_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RewardEntry(**({"name": "r", "reward": "r", "settings": {}, "weights": {"a": 1.0}} | settings))

@@ -1,0 +1,142 @@
+"""Runs with several rewards, in process and behind servers of their own, disturbed and undisturbed."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from adagrpo_train.runtime import checkpoint
+from tests.system.test_runs import ROOT, command, environment, rows, run, succeed, wait_for, weights
+
+pytestmark = pytest.mark.slow
+
+BOTH = ["reward=[shapes,jpeg_size]", "reward.jpeg_size.mode=local"]
+MOODY = '''
+import os
+from rewards.client.batch import RewardUnavailableError
+from rewards.jpeg_size import JpegSize
+
+class Moody(JpegSize):
+    """Scores like jpeg_size, but on rank 1 some calls fail, as MOODY says: first, last, error."""
+
+    _calls = 0
+
+    def score(self, batch):
+        self._calls += 1
+        first, last, error = os.environ.get("MOODY", "0 0 away").split()
+        if os.environ.get("RANK") == "1" and int(first) <= self._calls <= int(last):
+            raise {"away": RewardUnavailableError, "broken": ZeroDivisionError}[error]("moody today")
+        return super().score(batch)
+'''
+CUSTOM = ["reward=[shapes,custom]", "reward.custom.reward=moody", "+reward.custom.weights.jpeg_size=0.1"]
+
+
+@pytest.fixture
+def moody(tmp_path: Path) -> dict[str, str]:
+    """Variables of a process that has a package installed which announces the reward `moody`."""
+    folder = tmp_path / "plugin"
+    metadata = folder / "moody-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (folder / "moody_reward.py").write_text(MOODY)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: moody\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[adagrpo.rewards]\nmoody = moody_reward:Moody\n")
+    return {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+
+
+def processes_of(text: str) -> list[int]:
+    """Processes whose command line holds a text."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if text in line:
+                found.append(int(entry.name))
+    return found
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    pairs = [(tensors[key], weights(second)[name][key]) for name, tensors in weights(first).items() for key in tensors]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def without_traffic(run_dir: Path) -> list[dict[str, object]]:
+    traffic = ("/requests", "/retries", "/hedges", "/ejections")
+    return [{k: v for k, v in row.items() if not k.endswith(traffic)} for row in rows(run_dir)]
+
+
+def test_a_server_killed_in_the_middle_changes_nothing_and_none_is_left_behind(tmp_path: Path) -> None:
+    settings = [*BOTH, "iterations=6"]
+    succeed(*settings, f"hydra.run.dir={tmp_path / 'calm'}")
+    process = subprocess.Popen(command(*settings, f"hydra.run.dir={tmp_path / 'hit'}"), env=environment(), cwd=ROOT)
+    try:
+        wait_for(lambda: (tmp_path / "hit" / "metrics.jsonl").exists() and len(rows(tmp_path / "hit")) > 2)
+        servers = [pid for pid in processes_of("rewards.serve jpeg_size") if _parent(pid) == process.pid]
+        assert servers
+        for pid in servers:
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(timeout=300) == 0
+    finally:
+        process.kill()
+    assert same_weights(tmp_path / "calm", tmp_path / "hit")
+    assert without_traffic(tmp_path / "calm") == without_traffic(tmp_path / "hit")
+    assert not processes_of("rewards.serve jpeg_size")
+
+
+def test_a_killed_run_leaves_no_server_behind(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(*BOTH, "iterations=500", f"hydra.run.dir={tmp_path / 'run'}"), env=environment(), cwd=ROOT
+    )
+    try:
+        wait_for(lambda: bool(processes_of("rewards.serve jpeg_size")))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    wait_for(lambda: not processes_of("rewards.serve jpeg_size"))
+
+
+def test_a_reward_in_process_and_behind_a_server_train_alike(tmp_path: Path) -> None:
+    succeed("reward=[shapes,jpeg_size]", f"hydra.run.dir={tmp_path / 'inproc'}")
+    succeed(*BOTH, f"hydra.run.dir={tmp_path / 'local'}")
+    assert same_weights(tmp_path / "inproc", tmp_path / "local")
+
+
+def test_both_ranks_wait_for_a_reward_that_one_of_them_misses(tmp_path: Path, moody: dict[str, str]) -> None:
+    settings = [*CUSTOM, "reward.custom.on_unavailable=wait"]
+    succeed(*settings, f"hydra.run.dir={tmp_path / 'calm'}", processes=2, variables=moody)
+    hit = moody | {"MOODY": "4 5 away"}
+    output = succeed(*settings, f"hydra.run.dir={tmp_path / 'hit'}", processes=2, variables=hit)
+    assert "reward custom: moody today; waiting for it" in output
+    assert same_weights(tmp_path / "calm", tmp_path / "hit")
+
+
+@pytest.mark.parametrize("error", ["away", "broken"])
+def test_both_ranks_stop_with_a_checkpoint_when_one_of_them_loses_a_reward(
+    error: str, tmp_path: Path, moody: dict[str, str]
+) -> None:
+    """What is saved is the state before the iteration: the resumed run equals an undisturbed one."""
+    settings = [*CUSTOM, "iterations=3", "checkpoint.every=0"]
+    succeed(*settings, f"hydra.run.dir={tmp_path / 'calm'}", processes=2, variables=moody)
+    hit = moody | {"MOODY": f"5 5 {error}"}
+    done = run(*settings, f"hydra.run.dir={tmp_path / 'hit'}", processes=2, variables=hit)
+    assert done.returncode != 0
+    assert done.stderr.count("error: reward custom: moody today") == 1
+    assert checkpoint.find(tmp_path / "hit").name != "iteration_000000"
+    succeed(*settings, f"resume={tmp_path / 'hit'}", processes=2, variables=moody)
+    assert same_weights(tmp_path / "calm", tmp_path / "hit")
+
+
+def test_a_server_that_cannot_start_is_told_with_its_own_words(tmp_path: Path) -> None:
+    missing = tmp_path / "none"
+    done = run("reward=jpeg_size", "reward.jpeg_size.mode=local", f"reward.jpeg_size.python={missing}")
+    assert done.returncode == 2
+    assert str(missing) in done.stderr
+
+
+def _parent(pid: int) -> int:
+    return int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])

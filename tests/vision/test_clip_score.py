@@ -1,0 +1,87 @@
+"""The CLIP score against open_clip's own transform, tokenizer and towers."""
+
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_models import values
+
+from rewards.clip_score import ClipScore
+from rewards.contract import Sample
+from rewards.vision.pixels import crop_to_square
+from rewards.vision.weights import WeightsError
+from scripts.goldens.hps_seeded import PROMPTS, SIZES, picture
+
+
+def own_folder(small_clip: tuple[str, Path]) -> str:
+    return f"local-dir:{small_clip[1].parent}"
+
+
+@pytest.fixture
+def expected(open_clip: ModuleType, small_clip: tuple[str, Path]) -> np.ndarray:
+    """Cosines of every picture of `SIZES` with every prompt of `PROMPTS`, in open_clip's own way."""
+    model, _, transform = open_clip.create_model_and_transforms(own_folder(small_clip))
+    pixels = torch.stack([transform(Image.fromarray(picture(number, size))) for number, size in enumerate(SIZES)])
+    with torch.no_grad():
+        images, texts, _ = model.eval()(pixels, open_clip.get_tokenizer(own_folder(small_clip))(list(PROMPTS)))
+    return (images @ texts.T).numpy().ravel()
+
+
+BATCH = [
+    Sample(f"{number}/{column}", prompt, picture(number, size))
+    for number, size in enumerate(SIZES)
+    for column, prompt in enumerate(PROMPTS)
+]
+
+
+@pytest.mark.parametrize(("scale", "factor"), [("cosine", 1.0), ("x100", 100.0)])
+def test_scores_equal_open_clips(
+    scale: str, factor: float, expected: np.ndarray, small_clip: tuple[str, Path], tmp_path: Path
+) -> None:
+    reward = ClipScore(architecture=own_folder(small_clip), weights=None, scale=scale)
+    reward.load("cpu")
+    np.testing.assert_allclose(values(reward.score(BATCH)), factor * expected, rtol=0, atol=1e-6 * factor)
+    assert reward.info.value_range == (-factor, factor)
+
+
+def test_a_folder_without_weights_is_refused(small_clip: tuple[str, Path]) -> None:
+    small_clip[1].unlink()
+    with pytest.raises(WeightsError, match="could not be loaded"):
+        ClipScore(architecture=own_folder(small_clip), weights=None).load("cpu")
+
+
+def test_an_unknown_tag_is_refused(open_clip: ModuleType) -> None:
+    with pytest.raises(WeightsError, match=r"weights=nosuchtag.*not a known tag.*list_pretrained"):
+        ClipScore(architecture="ViT-B-32", weights="nosuchtag").load("cpu")
+
+
+def test_the_wrong_activation_is_refused(
+    open_clip: ModuleType, monkeypatch: pytest.MonkeyPatch, small_clip: tuple[str, Path]
+) -> None:
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(small_clip[1]))
+    with pytest.raises(WeightsError, match="ends in -quickgelu"):
+        ClipScore(architecture="ViT-L-14", weights="openai").load("cpu")
+
+
+def test_weights_beside_an_architecture_that_has_its_own_are_refused() -> None:
+    with pytest.raises(ValueError, match="set weights to null"):
+        ClipScore(architecture="hf-hub:org/name")
+
+
+@pytest.mark.parametrize("number", range(len(SIZES)))
+def test_our_crop_equals_open_clips(number: int, open_clip: ModuleType) -> None:
+    image = picture(number, SIZES[number])
+    transform = open_clip.image_transform(224, is_train=False)
+    assert torch.equal(crop_to_square(image, 224, centre="rounded"), transform(Image.fromarray(image)))
+
+
+@pytest.mark.parametrize("number", range(len(SIZES)))
+def test_our_other_crop_equals_transformers(number: int) -> None:
+    processor = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    image = picture(number, SIZES[number])
+    pixels = processor.CLIPImageProcessorPil()(Image.fromarray(image), return_tensors="pt").pixel_values[0]
+    # transformers multiplies by 1/255, which rounds differently from dividing
+    torch.testing.assert_close(crop_to_square(image, 224, centre="floored"), pixels, rtol=0, atol=1e-6)
