@@ -137,7 +137,7 @@ class Trainer:
         stop = StopRequest()
         with stop.listening():
             if self._first == 0 or (self._evaluation_due(self._first) and not self._evaluated(self._first)):
-                self._evaluate(self._first)
+                self._evaluate_or_save(self._first)
                 if self._asked(stop):
                     return "interrupted"
             for iteration in range(self._first, self._schedule.iterations):
@@ -149,7 +149,7 @@ class Trainer:
                 stopping = self._asked(stop) and not last
                 # Whoever asks to stop does not wait for an evaluation: the resumed run makes it.
                 if self._evaluation_due(done) and not stopping:
-                    self._evaluate(done)
+                    self._evaluate_or_save(done)
                     stopping = self._asked(stop) and not last
                 if stopping or last or _due(done, self._schedule.save_every):
                     self._save(done)
@@ -174,6 +174,15 @@ class Trainer:
         except RewardError as error:
             if error.on_every_rank:
                 self._restore_drawn_state(before)
+                self._save(iteration)
+            raise
+
+    def _evaluate_or_save(self, iteration: int) -> None:
+        """Evaluate; if a reward fails for good, what is trained so far is saved, and the resumed run evaluates it."""
+        try:
+            self._evaluate(iteration)
+        except RewardError as error:
+            if error.on_every_rank and iteration > self._first:
                 self._save(iteration)
             raise
 
@@ -207,6 +216,8 @@ class Trainer:
         if too_many := self._scorer.excess(scores):
             return self._skip(too_many)
         advantages, usable, metrics = self._advantages(scores, rollout, choice)
+        if not metrics:
+            return self._skip(f"no group has enough scores to be compared; {scores.reason}")
         with self._timer.stage("update"):
             metrics |= self._update(rollout.transitions, conditions, advantages, usable, iteration)
         self._skipped = 0
@@ -284,7 +295,10 @@ class Trainer:
     def _advantages(
         self, scores: Scores, rollout: Rollout, choice: "_Choice"
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Advantages [N] of this rank's samples, computed over the samples of all ranks, and which may be used [N]."""
+        """Advantages [N] of this rank's samples, computed over the samples of all ranks, and which may be used [N].
+
+        Also figures for the log; none if no sample of any rank may be used.
+        """
         engine, size = self._engine, self._sampler.group_size
         rewards = engine.gather(scores.total)
         parts = {name: engine.gather(values) for name, values in scores.parts.items()}
@@ -292,6 +306,9 @@ class Trainer:
         group = engine.gather(rollout.group + engine.rank * groups_here)
         level = self._curriculum.observe(scores.total if self._curriculum.per_rank else rewards)
         usable = self._scorer.comparable(parts, group, size)
+        here = slice(engine.rank * len(scores.total), (engine.rank + 1) * len(scores.total))
+        if not bool(usable.any()):
+            return torch.zeros_like(scores.total), usable[here], {}
         local = self._scorer.local_advantages(parts, group, size, self._advantage)
         everyone = local.clone()
         everyone[usable] += self._advantage.across(rewards[usable], group[usable], level)
@@ -311,7 +328,6 @@ class Trainer:
         for name, values in parts.items():
             metrics[f"reward/{name}/mean"] = float(values[values.isfinite()].mean())
         metrics |= choice.figures or self._scorer.follow(parts)
-        here = slice(engine.rank * len(scores.total), (engine.rank + 1) * len(scores.total))
         return everyone[here], usable[here], metrics
 
     def _update(
@@ -351,7 +367,7 @@ class Trainer:
         for number, batch in enumerate(batches):
             kept = batch.of(usable)
             # Nothing usable: the batch still takes part, with weight 0, since other ranks wait for its gradients.
-            weight = len(kept.sample) / total
+            weight = len(kept.sample) / total if total else 0.0
             kept = kept if weight else batch
             rows, own = batch.prompt.to(self._engine.device), advantages[kept.sample].to(self._engine.device)
             with self._engine.micro_step(self._policy.network, last=number == len(batches) - 1):

@@ -139,3 +139,26 @@ def test_too_few_candidates_with_scores_skip_the_iteration(tmp_path: Path) -> No
     assert trainer.train(memory) == "completed"
     assert memory.training == []
     assert [row["reward/skipped"] for row in memory.rows if "nfe/sampling" in row] == [1.0]
+
+
+def test_groups_of_which_none_can_be_compared_skip_the_iteration(tmp_path: Path) -> None:
+    trainer, _, _ = make_trainer("iterations=1", "reward.shapes.max_bad_fraction=0.5", run_dir=tmp_path)
+    use_reward(trainer, Pixels(lambda number: number in (7, 9)))  # one of two samples of either group
+    memory = Memory()
+    assert trainer.train(memory) == "completed"
+    assert [row["reward/skipped"] for row in memory.rows if "nfe/sampling" in row] == [1.0]
+
+
+def test_a_reward_lost_at_an_evaluation_costs_no_training(tmp_path: Path) -> None:
+    settings = ["iterations=3", "evaluation.every=1", "checkpoint.every=0"]
+    trainer, _, _ = make_trainer(*settings, run_dir=tmp_path)
+    use_reward(trainer, Pixels(lambda number: number >= 7 + 2 * 4 + 7))  # from the evaluation after iteration 2 on
+    with pytest.raises(RewardError, match="got a score"):
+        trainer.train(Memory())
+    saved = checkpoint.find(tmp_path)
+    assert saved.name == "iteration_000002"
+    resumed, _, _ = make_trainer(*settings, run_dir=tmp_path)
+    resumed.restore(checkpoint.load(saved))
+    memory = Memory()
+    assert resumed.train(memory) == "completed"
+    assert [row["iteration"] for row in memory.rows if "eval/total" in row] == [2, 3]
