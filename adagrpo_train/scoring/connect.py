@@ -52,7 +52,7 @@ class Rewards:
     def _start(self, entries: Sequence[RewardEntry]) -> Endpoints:
         from rewards.client.supervisor import LocalServers
 
-        endpoints = {}
+        started: list[tuple[RewardEntry, LocalServers]] = []
         for entry in entries:
             if entry.python is None:
                 make(entry)  # a mistake in its settings is found here, not in the log of a server
@@ -61,7 +61,7 @@ class Rewards:
                     entry.reward,
                     settings=entry.settings,
                     devices=entry.devices or ["cpu"],
-                    log_folder=self._log_dir,
+                    log_folder=self._log_dir / entry.name,
                     python=entry.python or sys.executable,
                 )
             except ValueError as error:
@@ -71,8 +71,13 @@ class Rewards:
                 servers.start()
             except OSError as error:
                 raise entry.error("python", f"cannot be started: {error}") from error
-            endpoints[entry.name] = (servers.urls, servers.token)
-        return endpoints
+            started.append((entry, servers))
+        for entry, servers in started:  # all load at once
+            try:
+                servers.wait_ready(entry.startup_seconds)
+            except RewardUnavailableError as error:
+                raise RewardError(f"reward {entry.name}: {error}") from error
+        return {entry.name: (servers.urls, servers.token) for entry, servers in started}
 
     def _connect(self, entry: RewardEntry, endpoints: Endpoints) -> RewardClient:
         if entry.mode == "inproc":
@@ -127,6 +132,9 @@ def _token(entry: RewardEntry) -> str | None:
     try:
         if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise entry.error("token_file", f"others can read it; chmod 600 {path}")
-        return path.read_text(encoding="utf-8").strip()
-    except OSError as error:
+        token = path.read_text(encoding="utf-8").partition("\n")[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
         raise entry.error("token_file", str(error)) from error
+    if not token:
+        raise entry.error("token_file", "the first line is empty; the token belongs there")
+    return token
