@@ -20,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from adagrpo_train.errors import ConfigError
 
 _PACKAGE = Path(__file__).parent
-_OPEN = re.compile(r"reward\.[^.]+\.(weights|settings)")
-"""Sections whose keys are the reward's own."""
+_OPEN = re.compile(r"reward\.[^.=]+\.(weights|settings)")
+"""Sections whose keys are the reward's own: more may be given than a config names."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ def read_settings(overrides: list[str]) -> Settings:
     OmegaConf.register_new_resolver("asset", _asset, replace=True)
     defaults = _defaults()
     known_groups = sorted(key for key in defaults.hydra.runtime.choices if not key.startswith("hydra/"))
-    composed = _compose(overrides, known=_leaves(defaults), groups=known_groups)
-    resolved = _plain(composed, resolve=True)
-    plain = _plain(_compose(_group_overrides(overrides, known_groups)), resolve=False)
+    chosen = _compose(_group_overrides(overrides, known_groups), groups=known_groups)
+    given_values = [f"++{text}" if _OPEN.match(text) else text for text in overrides]
+    composed = _compose(given_values, known=_leaves(chosen), groups=known_groups)
+    resolved, plain = _plain(composed, resolve=True), _plain(chosen, resolve=False)
     _check_keys(resolved, {str(key) for key in defaults if key != "hydra"})
     _check_values(resolved, plain)
     _check_targets(resolved)
@@ -128,7 +129,15 @@ def _explain(error: HydraException, known: list[str], groups: list[str]) -> str:
 
 def _group_overrides(overrides: list[str], groups: list[str]) -> list[str]:
     parser = OverridesParser.create()
-    return [text for text in overrides if parser.parse_override(text).key_or_group in groups]
+    chosen = []
+    for text in overrides:
+        try:
+            key = parser.parse_override(text).key_or_group
+        except HydraException as error:
+            raise ConfigError(f"{text}: {error}") from error
+        if key in groups:
+            chosen.append(text)
+    return chosen
 
 
 def _leaves(config: DictConfig) -> list[str]:
@@ -174,7 +183,7 @@ def _fits(value: Any, default: Any) -> bool:
     if default is None:
         return value is None or isinstance(value, str)
     if isinstance(default, list) and isinstance(value, list):
-        return all(_fits(item, default[0]) for item in value)
+        return all(_fits(item, default[0] if default else "") for item in value)
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(value, bool) and isinstance(default, bool)
     if isinstance(default, float):

@@ -190,7 +190,8 @@ class Scorer:
             entry, metrics = source.entry, source.client.info.metrics
             unknown = sorted(set(entry.weights) - set(metrics))
             if unknown:
-                raise entry.error(f"weights.{unknown[0]}", f"the reward has the metrics {', '.join(metrics)}")
+                known = f"the reward has the metrics {', '.join(metrics)}"
+                raise entry.error(f"weights.{unknown[0]}", known, entry.weights[unknown[0]])
             if entry.trains and not entry.required and self._level == "reward":
                 raise entry.error("required", "needs scoring.level=advantage: a sum lacks a term")
             weights |= {self._names[entry.name, metric]: w for metric, w in entry.weights.items() if w}

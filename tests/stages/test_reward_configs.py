@@ -12,7 +12,7 @@ from adagrpo_train.settings import group_options, read_settings
 from rewards import registry
 
 CHOSEN = {
-    "custom": ["reward.custom.reward=jpeg_size", "+reward.custom.weights.jpeg_size=1.0"],
+    "custom": ["reward.custom.reward=jpeg_size", "reward.custom.weights.jpeg_size=1.0"],
 }
 
 
@@ -42,8 +42,14 @@ def test_several_rewards_are_chosen_by_a_list() -> None:
         (["reward=jpeg_size", "experiment=tiny_demo"], r"reward\.shapes: has settings but is not chosen"),
         (["reward.shapes.mode=lokal"], r"reward\.shapes\.mode=lokal: choose one of inproc, local, remote"),
         (["reward=[shapes,shape]"], r"reward=shape: no such option; did you mean shapes\?"),
+        (["reward.shapes.urls=[3]"], r"reward\.shapes\.urls=\[3\]: expected a list"),
+        (["reward.shapes.mode=remote"], r"reward\.shapes\.urls=\[\]: mode=remote needs"),
+        (["reward.shapes.urls=[http://a:1]"], r"reward\.shapes\.urls=.*belongs to reward\.shapes\.mode=remote"),
         (["reward.shapes.wait=3"], r"unknown key 'reward\.shapes\.wait'"),
-        (["+reward.shapes.settings.size=3"], r"reward\.shapes\.settings=.*size"),
+        (["reward=tiny_clip", "reward.tiny_clip.seting=3"], r"did you mean reward\.tiny_clip\.settings\?"),
+        (["reward.shapez.weights.smooth=1"], r"unknown key 'reward\.shapez'"),
+        (["a b=="], r"^a b==: "),
+        (["reward.shapes.settings.size=3"], r"reward\.shapes\.settings=.*size"),
     ],
 )
 def test_mistakes_are_named(overrides: list[str], message: str) -> None:

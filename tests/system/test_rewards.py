@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ class Moody(JpegSize):
             raise {"away": RewardUnavailableError, "broken": ZeroDivisionError}[error]("moody today")
         return super().score(batch)
 '''
-CUSTOM = ["reward=[shapes,custom]", "reward.custom.reward=moody", "+reward.custom.weights.jpeg_size=0.1"]
+CUSTOM = ["reward=[shapes,custom]", "reward.custom.reward=moody", "reward.custom.weights.jpeg_size=0.1"]
 
 
 @pytest.fixture
@@ -70,22 +72,37 @@ def without_traffic(run_dir: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in row.items() if not k.endswith(traffic)} for row in rows(run_dir)]
 
 
-def test_a_server_killed_in_the_middle_changes_nothing_and_none_is_left_behind(tmp_path: Path) -> None:
-    settings = [*BOTH, "iterations=6"]
+def elsewhere() -> list[str]:
+    """Settings that put tiny_clip on a server of another environment, with the library that this one lacks."""
+    python = ROOT / ".venvs/open-clip/bin/python"
+    if not python.exists():
+        pytest.skip("no environment for it: bash scripts/make_reward_env.sh open-clip")
+    return [
+        "reward=[shapes,tiny_clip]",
+        "reward.tiny_clip.mode=local",
+        f"reward.tiny_clip.python={python}",
+        "reward.tiny_clip.settings.library=open_clip",
+    ]
+
+
+@pytest.mark.parametrize("reward", ["jpeg_size", "tiny_clip"])
+def test_a_server_killed_in_the_middle_changes_nothing_and_none_is_left_behind(reward: str, tmp_path: Path) -> None:
+    settings = [*(BOTH if reward == "jpeg_size" else elsewhere()), "iterations=6"]
     succeed(*settings, f"hydra.run.dir={tmp_path / 'calm'}")
     process = subprocess.Popen(command(*settings, f"hydra.run.dir={tmp_path / 'hit'}"), env=environment(), cwd=ROOT)
     try:
         wait_for(lambda: (tmp_path / "hit" / "metrics.jsonl").exists() and len(rows(tmp_path / "hit")) > 2)
-        servers = [pid for pid in processes_of("rewards.serve jpeg_size") if _parent(pid) == process.pid]
+        servers = [pid for pid in processes_of(f"rewards.serve {reward}") if _parent(pid) == process.pid]
         assert servers
         for pid in servers:
             os.kill(pid, signal.SIGKILL)
         assert process.wait(timeout=300) == 0
     finally:
         process.kill()
+    assert any(row.get(f"reward/{reward}/retries") for row in rows(tmp_path / "hit"))
     assert same_weights(tmp_path / "calm", tmp_path / "hit")
     assert without_traffic(tmp_path / "calm") == without_traffic(tmp_path / "hit")
-    assert not processes_of("rewards.serve jpeg_size")
+    assert not processes_of(f"rewards.serve {reward}")
 
 
 def test_a_killed_run_leaves_no_server_behind(tmp_path: Path) -> None:
@@ -100,10 +117,25 @@ def test_a_killed_run_leaves_no_server_behind(tmp_path: Path) -> None:
     wait_for(lambda: not processes_of("rewards.serve jpeg_size"))
 
 
-def test_a_reward_in_process_and_behind_a_server_train_alike(tmp_path: Path) -> None:
+def test_a_reward_trains_alike_in_process_and_behind_servers_of_the_run_and_elsewhere(tmp_path: Path) -> None:
     succeed("reward=[shapes,jpeg_size]", f"hydra.run.dir={tmp_path / 'inproc'}")
     succeed(*BOTH, f"hydra.run.dir={tmp_path / 'local'}")
+    token = tmp_path / "token"
+    token.touch(mode=0o600)
+    token.write_text(f"{'a1' * 32}\n{'b2' * 32}\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serve = [sys.executable, "-m", "rewards.serve", "jpeg_size", "--port", str(port), "--token-file", str(token)]
+    server = subprocess.Popen(serve, env=environment(), cwd=ROOT)
+    try:
+        where = [f"reward.jpeg_size.urls=[http://127.0.0.1:{port}]", f"reward.jpeg_size.token_file={token}"]
+        remote = ["reward=[shapes,jpeg_size]", "reward.jpeg_size.mode=remote", *where]
+        succeed(*remote, f"hydra.run.dir={tmp_path / 'remote'}")
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
     assert same_weights(tmp_path / "inproc", tmp_path / "local")
+    assert same_weights(tmp_path / "inproc", tmp_path / "remote")
 
 
 def test_both_ranks_wait_for_a_reward_that_one_of_them_misses(tmp_path: Path, moody: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """Rewards with image towers, on small random weights.
 
-Tests with the fixture `open_clip` need it installed, which the trainer's environment must not have:
+Tests with the fixture `open_clip` need it installed, which the trainer's environment must not have
+(`bash scripts/test.sh` runs them last):
 
     bash scripts/make_reward_env.sh open-clip pytest
     .venvs/open-clip/bin/python -m pytest --confcutdir=tests/vision tests/vision
