@@ -88,3 +88,11 @@ def test_a_missing_score_is_left_out_of_the_mean_of_its_group():
     total = {"total": torch.tensor([NAN, 1.0, 2.0, 3.0])}
     got = weighted_advantages(total, {"total": 1.0}, group, group_size=4, advantage=centred)
     assert got.tolist() == pytest.approx([0.0, -1.0, 0.0, 1.0])
+
+
+def test_a_reward_may_count_against_an_image():
+    group = torch.zeros(2, dtype=torch.int64)
+    parts = {"a": torch.tensor([0.0, 2.0]), "length": torch.tensor([0.0, 4.0])}
+    got = weighted_advantages(parts, {"a": 1.0, "length": -0.25}, group, group_size=2, advantage=centred)
+    # a: -1, 1; length: -0.25 times -2, 2. Nothing is missing, so nothing takes over a weight.
+    assert got.tolist() == pytest.approx([-0.5, 0.5])
