@@ -174,6 +174,36 @@ def test_advantages_of_each_reward_or_of_their_sum() -> None:
     assert apart.tolist() == pytest.approx([-root + root / 4, root - root / 4])
 
 
+def test_a_sample_that_lacks_a_required_score_has_no_advantage_though_other_parts_have_one() -> None:
+    both = scorer((entry("first"), A), (entry("second", {"c": 1.0}), C), level="advantage")
+    parts = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.zeros(4), "c": torch.tensor([NAN, 1.0, 2.0, 4.0])}
+    got = both.local_advantages(parts, torch.zeros(4, dtype=torch.int64), 4, GROUP)
+    assert got[0] == 0
+    assert bool((got[1:] != 0).all())
+
+
+class TwoRanks(Engine):
+    """This process and another one of which is known what it says."""
+
+    def __init__(self, other: list[Any]) -> None:
+        super().__init__(kind="single", device="cpu")
+        self._other = iter(other)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value, next(self._other)]
+
+
+def test_the_share_of_missing_scores_is_that_of_all_ranks() -> None:
+    """The other rank has six images and misses one score; here one of two is missing."""
+    engine = TwoRanks([("", False), ({"first": 1}, 6, ["first: elsewhere"])])
+    both = Scorer(
+        [Source(entry("first"), InprocClient(A, device="cpu"))], scale="raw", level="reward", alpha=0.5, engine=engine
+    )
+    scores = both.score(images("xz"), ["x", "z"])
+    assert scores.missing == {"first": 2 / 8}
+    assert "no score for 'z'" in scores.reason
+
+
 def test_an_optional_reward_that_is_missing_leaves_the_judgement_to_the_others() -> None:
     group = torch.tensor([0, 0, 0, 0])
     pairs = [(entry("first", {"a": 1.0}), A), (entry("second", {"c": 1.0}, required=False), C)]
