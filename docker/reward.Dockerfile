@@ -14,7 +14,7 @@ ARG TORCH_INDEX=
 RUN useradd --create-home --uid 1000 reward
 WORKDIR /app
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-COPY scripts/make_reward_env.sh scripts/
+COPY scripts/environment.sh scripts/make_reward_env.sh scripts/
 ENV PIP_NO_CACHE_DIR=1
 # The package itself comes after its requirements, so that a change of code does not install torch again.
 RUN mkdir -p adagrpo_train rewards configs && printf '__version__ = "0"\n' >adagrpo_train/__init__.py \

@@ -5,13 +5,12 @@
 #   scripts/make_reward_env.sh hpsv2            the same environment as for clip and tiny_clip: open-clip
 #   scripts/make_reward_env.sh open-clip pytest pytest too, for tests/vision
 # Prints the path of the environment's Python: what a reward's `python` setting takes.
-#
-#   ADAGRPO_PYTHON, ADAGRPO_TORCH_INDEX  as in scripts/setup.sh
+# environment.sh says what else it can be told.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-say() { printf '[reward env] %s\n' "$*" >&2; }
+# shellcheck source=scripts/environment.sh
+source "$repo/scripts/environment.sh"
 
 extra_of() {
   case $1 in
@@ -22,7 +21,7 @@ extra_of() {
 }
 
 if (($# == 0)); then
-  sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+  sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
   exit 2
 fi
 extra=$(extra_of "$1")
@@ -33,36 +32,7 @@ if ! grep -Eq "^$extra = \[" "$repo/pyproject.toml"; then
 fi
 venv=$repo/.venvs/$extra
 stamp=$venv/.adagrpo-setup
-wanted=$(printf '%s ' "$@" | cat - "$repo/pyproject.toml" "$repo/constraints.txt" "${BASH_SOURCE[0]}" | cksum)
-
-pip_install() { "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input "$@"; }
-
-find_python() {
-  local candidate
-  for candidate in ${ADAGRPO_PYTHON:+"$ADAGRPO_PYTHON"} python3.13 python3.12 python3.11 python3; do
-    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
-      printf '%s\n' "$candidate"
-      return
-    fi
-  done
-  say 'no Python 3.11 or newer with the venv module was found; name one in ADAGRPO_PYTHON'
-  return 1
-}
-
-# torch before anything that asks for it, so that pip does not choose another build (see scripts/setup.sh).
-install_torch() {
-  local torch index=https://download.pytorch.org/whl/cpu
-  torch=$(grep '^torch==' "$repo/constraints.txt")
-  if [[ -n ${ADAGRPO_TORCH_INDEX:-} ]]; then
-    pip_install --extra-index-url "$ADAGRPO_TORCH_INDEX" "$torch"
-  elif [[ -n ${ADAGRPO_TORCH_INDEX+set} || $(uname -s) != Linux ]] || nvidia-smi -L >/dev/null 2>&1; then
-    pip_install "$torch"
-  elif ! pip_install "$torch+cpu" 2>/dev/null &&
-    ! pip_install --retries 1 --timeout 20 --extra-index-url "$index" "$torch+cpu" 2>/dev/null; then
-    say 'no CPU build of torch within reach: taking the default build, which may bring several GB of CUDA libraries'
-    pip_install "$torch"
-  fi
-}
+wanted=$(printf '%s ' "$@" | cat - "$repo/pyproject.toml" "$repo/constraints.txt" "$repo/scripts/environment.sh" "${BASH_SOURCE[0]}" | cksum)
 
 # The requirements of an extra, one a line. Installing "adagrpo-train[EXTRA]" itself would bring the trainer.
 requirements() {
@@ -77,15 +47,8 @@ PYTHON
 }
 
 if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
-  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-    python=$(find_python)
-    say "creating .venvs/$extra with $("$python" --version)"
-    "$python" -m venv --clear "$venv"
-  fi
   rm -f "$stamp"
-  # A package whose installation was cut short has no RECORD yet, and pip would take it for installed.
-  find "$venv"/lib/python3*/site-packages -maxdepth 1 -name '*.dist-info' ! -exec test -e '{}/RECORD' \; \
-    -exec rm -rf '{}' +
+  make_venv
   say 'installing PyTorch (1/2)'
   install_torch
   say "installing the extras $extra and serve (2/2)"

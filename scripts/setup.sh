@@ -1,60 +1,17 @@
 #!/usr/bin/env bash
 # Makes .venv with everything the scripts need. Run it, or source it: it then leaves `repo` and `venv` behind.
-# A second run starts at once; an interrupted one is completed by the next.
-#
-#   ADAGRPO_PYTHON       the Python to use (default: the newest of python3.13, 3.12, 3.11 and python3)
-#   ADAGRPO_TORCH_INDEX  one more package index to take torch from; empty: only the index pip is set to.
-#                        Default: on Linux without an NVIDIA GPU the public index of CPU builds, if pip's own has none.
+# A second run starts at once; an interrupted one is completed by the next. environment.sh says what it can be told.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$repo/.venv
 stamp=$venv/.adagrpo-setup
-
-say() { printf '[setup] %s\n' "$*" >&2; }
-
-find_python() {
-  local candidate
-  for candidate in ${ADAGRPO_PYTHON:+"$ADAGRPO_PYTHON"} python3.13 python3.12 python3.11 python3; do
-    # Run it: a name on PATH may be a stub, too old, or lack the venv module.
-    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
-      printf '%s\n' "$candidate"
-      return
-    fi
-  done
-  say 'no Python 3.11 or newer with the venv module was found.'
-  say 'Install one (Debian and Ubuntu: apt install python3 python3-venv), or name it in ADAGRPO_PYTHON.'
-  return 1
-}
-
-pip_install() { "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input "$@"; }
-
-install_torch() {
-  local torch cpu_index=https://download.pytorch.org/whl/cpu
-  torch=$(grep '^torch==' "$repo/constraints.txt")
-  if [[ -n ${ADAGRPO_TORCH_INDEX:-} ]]; then
-    pip_install --extra-index-url "$ADAGRPO_TORCH_INDEX" "$torch"
-  elif [[ -n ${ADAGRPO_TORCH_INDEX+set} || $(uname -s) != Linux ]] || nvidia-smi -L >/dev/null 2>&1; then
-    pip_install "$torch"
-  # Linux without a GPU: the default build would bring gigabytes of CUDA libraries, so ask for the CPU build by name.
-  elif ! pip_install "$torch+cpu" 2>/dev/null &&
-    ! pip_install --retries 1 --timeout 20 --extra-index-url "$cpu_index" "$torch+cpu" 2>/dev/null; then
-    say 'no CPU build of torch within reach: taking the default build, which may bring several GB of CUDA libraries'
-    pip_install "$torch"
-  fi
-}
+# shellcheck source=scripts/environment.sh
+source "$repo/scripts/environment.sh"
 
 set_up() {
-  local python
-  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-    python=$(find_python)
-    say "creating .venv with $("$python" --version)"
-    "$python" -m venv --clear "$venv"
-  fi
   rm -f "$stamp"
-  # A package whose installation was cut short has no RECORD yet, and pip would take it for installed.
-  find "$venv"/lib/python3*/site-packages -maxdepth 1 -name '*.dist-info' ! -exec test -e '{}/RECORD' \; \
-    -exec rm -rf '{}' +
+  make_venv
   say 'installing PyTorch (1/2, a minute or two the first time)'
   install_torch
   say 'installing AdaGRPO-Train and its tools (2/2, a minute or two the first time)'
@@ -63,7 +20,7 @@ set_up() {
   say 'ready'
 }
 
-wanted=$(cat "$repo/pyproject.toml" "$repo/constraints.txt" "$repo/scripts/setup.sh" | cksum)
+wanted=$(cd "$repo" && cat pyproject.toml constraints.txt scripts/setup.sh scripts/environment.sh | cksum)
 if [[ ! -x $venv/bin/python || ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
   set_up
 fi

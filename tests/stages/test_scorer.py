@@ -204,6 +204,15 @@ def test_the_share_of_missing_scores_is_that_of_all_ranks() -> None:
     assert "no score for 'z'" in scores.reason
 
 
+def test_what_waiting_cannot_mend_on_another_rank_stops_this_one_too() -> None:
+    source = Source(entry("first", on_unavailable="wait"), InprocClient(A, device="cpu"))
+    engine = TwoRanks([("a bug of the reward", True)])
+    one = Scorer([source], scale="raw", level="reward", alpha=0.5, engine=engine)
+    with pytest.raises(RewardError, match="a bug of the reward") as caught:
+        one.score(images("x"), ["x"])
+    assert caught.value.on_every_rank
+
+
 def test_an_optional_reward_that_is_missing_leaves_the_judgement_to_the_others() -> None:
     group = torch.tensor([0, 0, 0, 0])
     pairs = [(entry("first", {"a": 1.0}), A), (entry("second", {"c": 1.0}, required=False), C)]
