@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2154
 # Functions of the scripts that make Python environments; to be sourced, with `repo` and `venv` set.
 #
 #   ADAGRPO_PYTHON       the Python to use (default: the newest of python3.13, 3.12, 3.11 and python3)

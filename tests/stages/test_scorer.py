@@ -230,7 +230,7 @@ def test_levels_follow_each_part_over_what_is_there() -> None:
     assert one.follow({"a": torch.tensor([4.0])})["reward/a/level"] == 3.0
     again = scorer((entry("first"), A))
     again.load_state_dict(one.state_dict())
-    assert again.follow({"a": torch.tensor([3.0])})["reward/a/level"] == 3.0
+    assert again.follow({"a": torch.tensor([5.0])})["reward/a/level"] == 4.0
 
 
 def test_a_run_stops_when_nobody_answers() -> None:
