@@ -124,6 +124,13 @@ def test_a_score_that_is_missing_is_nan_with_its_reason_and_never_zero() -> None
     assert one.excess(scores) == ""
 
 
+def test_an_image_that_lacks_one_metric_of_a_reward_lacks_them_all() -> None:
+    partly = Table("first", {"x": {"a": 1.0, "b": NAN}, "y": {"a": 2.0, "b": 30.0}})
+    scores = scorer((entry("first"), partly)).score(images("xy"), ["x", "y"])
+    assert scores.missing == {"first": 0.5}
+    assert scores.parts["a"].isnan().tolist() == [True, False]
+
+
 def test_more_missing_scores_than_allowed_are_told() -> None:
     one = scorer((entry("first", max_bad_fraction=0.3), A))
     assert "33% of the scores of reward first are missing" in one.excess(one.score(images("xzy"), ["x", "z", "y"]))
