@@ -276,6 +276,18 @@ def test_absolute_fusion_rewards_a_group_that_beats_the_level_as_a_whole() -> No
     assert float(absolute.mean()) == pytest.approx((3.0 + 3.5) / 2)
 
 
+def test_the_advantage_against_the_level_is_added_to_that_against_the_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CrossLevel, "across", lambda self, rewards, group, level: torch.full_like(rewards, 7.0))
+    trainer, _, _ = make_trainer("advantage=cross_level", "iterations=1", run_dir=tmp_path)
+    _reward_pixels(trainer)
+    memory = Memory()
+    trainer.train(memory)
+    (mean,) = [row["advantage/mean"] for row in memory.rows if "advantage/mean" in row]
+    assert mean == pytest.approx(7.0, abs=1e-5)  # those of the groups are 0
+
+
 def _reward_pixels(trainer) -> None:
     """A reward with spread inside every group, whatever the model draws."""
 
