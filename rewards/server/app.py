@@ -148,11 +148,14 @@ class RewardApp:
         deadline = time.monotonic() + self._seconds_left(request)
         length = self._body_length(request)
         compressed = "content-encoding" in request.headers
-        with self._held(self._limits.body_bytes if compressed else length):
+        most = self._limits.body_bytes if compressed else length
+        with self._held(most):
             body = await self._body(request, length)
             if compressed:
                 body = await asyncio.get_running_loop().run_in_executor(self._decoders, self._unfold, body)
-            results = await self._unless_abandoned(request, self._results(self._items(body), deadline))
+            items = self._items(body)
+            with self._held(self._unpacked(items, most)):
+                results = await self._unless_abandoned(request, self._results(items, deadline))
         response = ScoreResponse(v=1, fingerprint=self._reward.fingerprint(), results=results)
         return Response(msgspec.msgpack.encode(response), media_type=CONTENT_TYPE)
 
@@ -204,14 +207,18 @@ class RewardApp:
         return length
 
     async def _body(self, request: Request, length: int) -> bytearray:
-        body = bytearray()
+        body = bytearray(length)  # at once: one that grows takes an eighth more than it holds
+        came = 0
         try:
             async with asyncio.timeout(self._limits.read_seconds):
                 async for chunk in request.stream():
-                    body += chunk
+                    body[came : came + len(chunk)] = chunk
+                    came += len(chunk)
+                    if came > length:  # sent in chunks, which end whatever length was declared
+                        break
         except TimeoutError as error:
             raise RefusalError(408, "too_slow", f"the body did not come in {self._limits.read_seconds} s") from error
-        if len(body) != length:
+        if came != length:
             raise RefusalError(400, "malformed", "the body is not as long as declared")
         return body
 
@@ -233,6 +240,15 @@ class RewardApp:
         if len({item.id for item in request.items}) != len(request.items):
             raise RefusalError(400, "duplicate_id", "the ids of a request must differ")
         return request.items
+
+    def _unpacked(self, items: list[WireItem], held: int) -> int:
+        """Bytes of the pixels that the image files of a request unfold to. Raw images are part of its body."""
+        pixels = sum(3 * item.image.w * item.image.h for item in items if item.image.fmt != "raw")
+        if held + pixels > self._limits.queued_bytes:
+            raise RefusalError(
+                413, "too_large", f"the images of a request unfold to {pixels} bytes: send fewer at once"
+            )
+        return pixels
 
     async def _results(self, items: list[WireItem], deadline: float) -> list[WireResult]:
         loop = asyncio.get_running_loop()

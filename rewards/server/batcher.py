@@ -92,9 +92,12 @@ class Batcher:
         self._arrived.set()
         try:
             return list(await asyncio.gather(*(job.outcome for job in jobs)))
-        finally:
+        except asyncio.CancelledError:
             for job in jobs:
                 job.outcome.cancel()
+            # At once, not when the batch at hand is done: their bytes are given back now.
+            self._jobs = deque(job for job in self._jobs if not job.outcome.done())
+            raise
 
     def _load(self) -> None:
         try:
@@ -116,22 +119,25 @@ class Batcher:
         return outcome if isinstance(outcome, Failure) else None
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
             if len(self._jobs) < self._max_batch:
                 await asyncio.sleep(self._limits.collect_seconds)
-            batch = self._next_batch()
-            if not batch:
-                continue
-            self._batch_started = time.monotonic()
-            outcomes = await loop.run_in_executor(self._thread, self._score, [job.sample for job in batch])
-            self._metrics.batch_seconds.observe(time.monotonic() - self._batch_started)
-            self._metrics.batch_images.observe(len(batch))
-            self._batch_started = None
-            for job, outcome in zip(batch, outcomes, strict=True):
-                if not job.outcome.done():
-                    job.outcome.set_result(outcome)
+            # No name for it here: while waiting for more it would keep the bodies alive that its images came in.
+            await self._answer(self._next_batch())
+
+    async def _answer(self, batch: list[_Job]) -> None:
+        if not batch:
+            return
+        loop = asyncio.get_running_loop()
+        self._batch_started = time.monotonic()
+        outcomes = await loop.run_in_executor(self._thread, self._score, [job.sample for job in batch])
+        self._metrics.batch_seconds.observe(time.monotonic() - self._batch_started)
+        self._metrics.batch_images.observe(len(batch))
+        self._batch_started = None
+        for job, outcome in zip(batch, outcomes, strict=True):
+            if not job.outcome.done():
+                job.outcome.set_result(outcome)
 
     async def _watch(self) -> None:
         while True:

@@ -11,7 +11,8 @@ class Limits:
 
     Attributes:
         body_bytes: largest body of one request, also after decompression.
-        queued_bytes: bodies held at any time, over all requests; above it the answer is 429.
+        queued_bytes: bodies and the pixels of image files held at any time, over all requests; above it the answer is
+            429.
         read_seconds: longest wait for the whole head of a request, and for its whole body.
         deadline_seconds: longest life of a request, whatever it asks for.
         batch_seconds: a batch that takes longer is taken for hung: the process ends, for its supervisor to restart.

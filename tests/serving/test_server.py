@@ -186,6 +186,20 @@ def test_a_body_without_a_length_is_refused(pair: Pair) -> None:
     assert (status, error["code"]) == (411, "length_required")
 
 
+def test_a_body_in_chunks_ends_where_its_length_said(serve: Serve) -> None:
+    """HTTP lets the chunks win over the length, which is what the byte budget counts."""
+    server = serve()
+    before = _peak_bytes(server)
+    head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: 1000\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as caller:
+        caller.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        for _ in range(100):
+            caller.sendall(b"100000\r\n" + bytes(2**20) + b"\r\n")
+        answer = caller.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert _peak_bytes(server) - before < 40e6
+
+
 def test_a_bad_image_costs_only_its_own_score(pair: Pair) -> None:
     bomb = _png_header(30_000, 30_000)
     bad = {
@@ -248,6 +262,24 @@ def test_more_than_the_byte_budget_is_asked_to_come_back(serve: Serve) -> None:
     assert float(refused["Retry-After"]) > 0
     assert "connection" not in {name.lower() for name in refused}
     assert ask(server, large)[0] == 200  # every byte was given back
+
+
+def test_image_files_count_with_the_pixels_they_unfold_to(serve: Serve) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (1024, 1024), (5, 5, 5)).save(file, format="png")  # 6 kB, 3.1 MB of pixels
+    image = {"fmt": "png", "w": 1024, "h": 1024, "data": file.getvalue()}
+    server = serve(settings={"seconds": 1.0}, limits={"body_bytes": 4_000_000, "queued_bytes": 8_000_000})
+    two, three = (body(*[item(str(n), image=image) for n in range(count)]) for count in (2, 3))
+
+    async def many() -> list[Any]:
+        return await asyncio.gather(*(post(server, two) for _ in range(4)))
+
+    assert sorted(status for status, _, _ in asyncio.run(many())) == [200, 429, 429, 429]
+    status, error, _ = ask(server, three)
+    assert (status, error["code"]) == (413, "too_large")
+    for headers in ({}, ZSTD):  # every byte was given back
+        data = zstandard.ZstdCompressor().compress(body(item("a", image=image))) if headers else two
+        assert set(scores(ask(server, data, headers)[1]).values()) == {5.0}
 
 
 def test_a_server_is_alive_at_once_and_ready_when_its_reward_is(serve: Serve) -> None:
