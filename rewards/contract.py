@@ -67,6 +67,12 @@ class ItemError(ValueError):
     """One image cannot be scored, the others can: the reason is told to whoever asked for its score."""
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether a reward fails for want of GPU memory, so that fewer images at once may do. Told by torch's name for it,
+    since torch is not imported here."""
+    return type(error).__name__ == "OutOfMemoryError"
+
+
 @runtime_checkable
 class Reward(Protocol):
     """A scorer. Its constructor takes settings only; heavy imports and weights wait for `load`."""

@@ -1,9 +1,10 @@
 """A reward in the process of its caller, on a thread of its own."""
 
+import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
@@ -19,7 +20,9 @@ from rewards.client.batch import (
     reasons,
     units,
 )
-from rewards.contract import ItemError, Reward, RewardInfo, Sample
+from rewards.contract import ItemError, Reward, RewardInfo, Sample, out_of_memory
+
+_log = logging.getLogger(__name__)
 
 
 class InprocClient:
@@ -31,7 +34,7 @@ class InprocClient:
     """
 
     def __init__(self, reward: Reward, *, device: str) -> None:
-        self._reward = reward
+        self._reward, self._max_batch = reward, reward.info.max_batch
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._loaded: Future[str] = self._enqueue(lambda: self._load(device))
@@ -96,21 +99,35 @@ class InprocClient:
     def _batch(self, samples: list[Sample]) -> RewardBatch:
         fingerprint, started = self._loaded.result(), time.monotonic()
         outcomes: dict[str, Outcome] = {}
-        for batch in pack(samples, self.info, most=self.info.max_batch):
+        for batch in pack(samples, self.info, most=self._max_batch):
             outcomes |= self._score(batch)
         ordered = [outcomes[sample.id] for sample in samples]
         stats = {"latency": time.monotonic() - started}
         return RewardBatch(columns(ordered, self.info.metrics), reasons(ordered), fingerprint, stats)
 
     def _score(self, batch: list[Sample]) -> dict[str, Outcome]:
-        """Outcomes by id. After an ItemError each unit is scored by itself: the bad one fails alone."""
+        """Outcomes by id. After an ItemError each unit is scored by itself: the bad one fails alone. Where memory is
+        short, batches are halved, for good."""
+        parts = units(batch, self.info)
         try:
-            scores = self._reward.score(batch)
+            return self._checked(batch, self._reward.score(batch))
         except ItemError as error:
-            parts = units(batch, self.info)
-            if len(parts) == 1:
-                return {sample.id: f"unsupported_item: {error}" for sample in batch}
-            return {identity: outcome for part in parts for identity, outcome in self._score(part).items()}
+            reason, size = f"unsupported_item: {error}", 1
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            reason, size = f"out_of_memory: {error}"[:300], max(1, len(parts) // 2)
+            self._max_batch = max(1, len(batch) // 2)
+            _log.warning("reward %s: out of memory with %d images at once", self.info.name, len(batch))
+        # Not inside the handler: the traceback would keep the tensors of the failed batch for as long.
+        if len(parts) == 1:
+            return {sample.id: reason for sample in batch}
+        outcomes: dict[str, Outcome] = {}
+        for at in range(0, len(parts), size):
+            outcomes |= self._score([sample for part in parts[at : at + size] for sample in part])
+        return outcomes
+
+    def _checked(self, batch: list[Sample], scores: Sequence[Mapping[str, float]]) -> dict[str, Outcome]:
         if len(scores) != len(batch):
             raise RuntimeError(f"reward {self.info.name} gave {len(scores)} scores for {len(batch)} images")
         return {s.id: checked_score(score, self.info.metrics) for s, score in zip(batch, scores, strict=True)}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rewards.contract import ItemError, Reward, Sample
+from rewards.contract import ItemError, Reward, Sample, out_of_memory
 from rewards.server.limits import Limits
 from rewards.server.metrics import Metrics
 from rewards.wire import Failure
@@ -173,12 +173,12 @@ class Batcher:
             self._consider(error)
             if len(samples) == 1:
                 return [self._failure(error)]
-            if _out_of_memory(error):
-                self._max_batch = max(1, len(samples) // 2)
-                _log.warning("out of memory with %d images; from now on at most %d", len(samples), self._max_batch)
-                half = len(samples) // 2
-                return self._score(samples[:half]) + self._score(samples[half:])
-            return [outcome for sample in samples for outcome in self._score([sample])]
+            part = 1
+            if out_of_memory(error):
+                part = self._max_batch = len(samples) // 2
+                _log.warning("out of memory with %d images; from now on at most %d", len(samples), part)
+        # Not inside the handler: the traceback would keep the tensors of the failed batch for as long.
+        return [outcome for at in range(0, len(samples), part) for outcome in self._score(samples[at : at + part])]
 
     def _checked(self, samples: list[Sample], scores: Sequence[Mapping[str, float]]) -> list[Outcome]:
         if len(scores) != len(samples):
@@ -199,10 +199,6 @@ class Batcher:
 
     def _consider(self, error: Exception) -> None:
         """After some errors of a GPU every later call fails too: only a fresh process helps."""
-        if "CUDA error" in str(error) and not _out_of_memory(error):
+        if "CUDA error" in str(error) and not out_of_memory(error):
             _log.critical("the GPU is lost, ending", exc_info=error)
             self._give_up(_GIVE_UP)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return type(error).__name__ == "OutOfMemoryError"

@@ -1,6 +1,7 @@
 """A reward for tests of the server, announced by a package of its own: slow, ordered, and faulty on demand."""
 
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -70,6 +71,25 @@ class Ordered:
 
 class OutOfMemoryError(RuntimeError):
     """Named as torch names it."""
+
+
+class Tensor:
+    """Stands for what a batch takes."""
+
+
+class Greedy(Ordered):
+    """Has memory for two images, if what the batches before took is free again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._taken: list[weakref.ref[Tensor]] = []
+
+    def score(self, batch: Sequence[Sample]) -> Sequence[Mapping[str, float]]:
+        tensor = Tensor()
+        if len(batch) > 2 or any(taken() for taken in self._taken):
+            self._taken.append(weakref.ref(tensor))
+            raise OutOfMemoryError("CUDA out of memory")
+        return super().score(batch)
 
 
 def _first(prompt: str) -> bool:

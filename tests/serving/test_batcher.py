@@ -12,7 +12,7 @@ from rewards.contract import Sample
 from rewards.server.batcher import Batcher
 from rewards.server.limits import Limits
 from rewards.server.metrics import Metrics
-from tests.serving.ordered import Ordered
+from tests.serving.ordered import Greedy, Ordered
 
 
 class Held(Ordered):
@@ -74,3 +74,9 @@ def test_an_image_that_nobody_waits_for_is_let_go_before_the_batch_at_hand_is_do
         await batcher.stop()
 
     asyncio.run(give_one_up())
+
+
+def test_what_a_failed_batch_took_is_free_when_its_half_is_scored() -> None:
+    batcher = Batcher(Greedy(), device="cpu", limits=Limits(), metrics=Metrics())
+    outcomes = batcher._score([Sample(str(n), "", np.full((16, 16, 3), n, np.uint8)) for n in range(16)])
+    assert outcomes == [{"ordered": float(n)} for n in range(16)]

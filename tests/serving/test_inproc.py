@@ -13,7 +13,7 @@ import pytest
 from rewards.client.batch import RewardUnavailableError, pack, units
 from rewards.client.inproc import InprocClient
 from rewards.contract import ItemError, RewardInfo, Sample
-from tests.serving.ordered import Ordered
+from tests.serving.ordered import Greedy, Ordered
 
 INFO = replace(Ordered.info, max_batch=4)
 
@@ -183,3 +183,17 @@ def test_batches_are_cut_as_the_reward_wants_them(changes: dict[str, Any], sizes
     assert [len(part) for part in packed] == sizes
     assert [sample for part in packed for sample in part] == batch
     assert [sample for unit in units(batch, info) for sample in unit] == batch
+
+
+def test_batches_are_halved_where_memory_is_short() -> None:
+    client = InprocClient(Greedy(), device="cpu")
+    assert client.submit(samples(16)).result().scores["ordered"].tolist() == [*range(16)]
+    client.close()
+
+
+def test_an_image_too_large_for_the_memory_fails_alone() -> None:
+    client = InprocClient(Ordered(memory=0), device="cpu")
+    batch = client.submit(samples(3)).result()
+    assert np.isnan(batch.scores["ordered"]).all()
+    assert batch.reasons == ["out_of_memory: CUDA error: out of memory"] * 3
+    client.close()
