@@ -22,6 +22,8 @@ from adagrpo_train.errors import ConfigError
 _PACKAGE = Path(__file__).parent
 _OPEN = re.compile(r"reward\.[^.=]+\.(weights|settings)")
 """Sections whose keys are the reward's own: more may be given than a config names."""
+_WHOLE = re.compile(r"(reward\.[^.=]+\.(?:weights|settings\.[^.=]+))=\s*\{")
+"""What a mapping replaces, where Hydra would merge it: weights={a: 1.0} means no other weight."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,12 @@ def read_settings(overrides: list[str]) -> Settings:
     defaults = _defaults()
     known_groups = sorted(key for key in defaults.hydra.runtime.choices if not key.startswith("hydra/"))
     chosen = _compose(_group_overrides(overrides, known_groups), groups=known_groups)
-    given_values = [f"++{text}" if _OPEN.match(text) else text for text in overrides]
-    composed = _compose(given_values, known=_leaves(chosen), groups=known_groups)
+    opened = [part for text in overrides for part in _opened(text, chosen)]
+    composed = _compose(opened, known=_leaves(chosen), groups=known_groups)
     resolved, plain = _plain(composed, resolve=True), _plain(chosen, resolve=False)
     _check_keys(resolved, {str(key) for key in defaults if key != "hydra"})
     _check_values(resolved, plain)
+    _check_served_settings(resolved["reward"], plain["reward"])
     _check_targets(resolved)
     # Of a group with several options Hydra keeps no record; the rewards are the keys of their section.
     several = {"reward": "+".join(resolved["reward"])}
@@ -140,6 +143,13 @@ def _group_overrides(overrides: list[str], groups: list[str]) -> list[str]:
     return chosen
 
 
+def _opened(text: str, chosen: DictConfig) -> list[str]:
+    """An override of an open section as Hydra takes it."""
+    whole = _WHOLE.match(text)
+    there = whole and OmegaConf.select(chosen, whole.group(1)) is not None
+    return [*([f"~{whole.group(1)}"] if whole and there else []), f"++{text}" if _OPEN.match(text) else text]
+
+
 def _leaves(config: DictConfig) -> list[str]:
     """Every dotted key of a configuration, sections included."""
     keys = ["hydra.run.dir"]
@@ -175,6 +185,16 @@ def _check_values(values: Any, plain: Any, prefix: str = "") -> None:
     missing = [f"{prefix}{key}" for key in plain if key not in values and prefix != "tracker."]
     if missing:
         raise ConfigError(f"{missing[0]} was deleted; every setting is needed")
+
+
+def _check_served_settings(rewards: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Settings on the command line would have no effect on a server elsewhere."""
+    for name, section in rewards.items():
+        if section.get("mode") == "remote" and section["settings"] != plain[name].get("settings"):
+            raise ConfigError(
+                f"reward.{name}.settings={section['settings']}: with mode=remote they are those of the server; "
+                "give them to it, python -m rewards.serve ... --settings"
+            )
 
 
 def _fits(value: Any, default: Any) -> bool:

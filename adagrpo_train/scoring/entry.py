@@ -16,7 +16,7 @@ class RewardEntry:
         reward: name of the plug-in, shipped or announced by an installed package.
         settings: of the plug-in.
         weights: metric -> weight in what training maximises; metrics without a weight are logged only.
-        role: "train", or "evaluation" for one that scores evaluations and never trains.
+        role: "train", or "evaluation" for one that scores evaluations and never trains, whatever its weights.
         required: False lets a sample without this score be judged by the other rewards.
         max_bad_fraction: share of missing scores, in [0, 1), above which an iteration is skipped.
         on_unavailable: "stop" ends the run with a checkpoint when nobody answers, "wait" waits for the reward.
@@ -65,6 +65,8 @@ class RewardEntry:
         if not self.reward:
             raise self.error("reward", "name the plug-in")
         self._check_weights()
+        if not self.trains:
+            object.__setattr__(self, "weights", {})
         self._check_bounds()
         self._check_mode()
 
@@ -83,8 +85,6 @@ class RewardEntry:
                 raise self.error(f"weights.{metric}", "expected a finite number", weight)
         if self.trains and not any(self.weights.values()):
             raise self.error("weights", "give a metric a weight other than 0, or set role=evaluation")
-        if not self.trains and self.weights:
-            raise self.error("weights", "a reward with role=evaluation never trains; set its weights to {}")
 
     def _check_bounds(self) -> None:
         if not 0 <= self.max_bad_fraction < 1:

@@ -45,6 +45,10 @@ def test_several_rewards_are_chosen_by_a_list() -> None:
         (["reward.shapes.urls=[3]"], r"reward\.shapes\.urls=\[3\]: expected a list"),
         (["reward.shapes.mode=remote"], r"reward\.shapes\.urls=\[\]: mode=remote needs"),
         (["reward.shapes.urls=[http://a:1]"], r"reward\.shapes\.urls=.*belongs to reward\.shapes\.mode=remote"),
+        (
+            ["reward=hpsv2", "reward.hpsv2.mode=remote", "reward.hpsv2.settings.version=v2.0"],
+            r"reward\.hpsv2\.settings=.*those of the server",
+        ),
         (["reward.shapes.wait=3"], r"unknown key 'reward\.shapes\.wait'"),
         (["reward=tiny_clip", "reward.tiny_clip.seting=3"], r"did you mean reward\.tiny_clip\.settings\?"),
         (["reward.shapez.weights.smooth=1"], r"unknown key 'reward\.shapez'"),
@@ -58,3 +62,20 @@ def test_mistakes_are_named(overrides: list[str], message: str) -> None:
         for name, section in settings.values["reward"].items():
             entry = build._entry(name, section)
             connect.make(entry)
+
+
+def test_a_mapping_of_weights_is_all_the_weights() -> None:
+    section = read_settings(["reward.shapes.weights={smooth: 2.0}"]).values["reward"]["shapes"]
+    assert section["weights"] == {"smooth": 2.0}
+    overrides = ["reward=unified_reward", "reward.unified_reward.settings.version=1"]
+    section = read_settings([*overrides, "reward.unified_reward.weights={score: 1.0}"]).values["reward"]
+    assert section["unified_reward"]["weights"] == {"score": 1.0}
+    assert section["unified_reward"]["settings"]["version"] == 1
+    section = read_settings(["reward.shapes.weights={smooth: 2.0}", "reward.shapes.weights.strict=1"]).values["reward"]
+    assert section["shapes"]["weights"] == {"smooth": 2.0, "strict": 1}
+
+
+def test_the_weights_of_a_reward_for_evaluation_do_not_count() -> None:
+    settings = read_settings(["reward=[shapes,jpeg_size]", "reward.jpeg_size.role=evaluation"])
+    entry = build._entry("jpeg_size", settings.values["reward"]["jpeg_size"])
+    assert entry.weights == {}

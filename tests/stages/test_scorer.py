@@ -142,7 +142,7 @@ def test_a_reward_that_scores_nothing_at_all_stops_the_run() -> None:
 
 
 def test_rewards_for_evaluation_are_asked_for_evaluations_only() -> None:
-    pair = scorer((entry("first"), A), (entry("second", {}, role="evaluation"), C))
+    pair = scorer((entry("first"), A), (entry("second", {"c": 9.0}, role="evaluation"), C))
     assert set(pair.score(images("x"), ["x"]).parts) == {"a", "b"}
     scores = pair.score(images("x"), ["x"], evaluation=True)
     assert scores.parts["c"].tolist() == [5.0]
@@ -306,7 +306,6 @@ def test_settings_that_cannot_work_are_refused(
         ({"weights": {"a": 0.0}}, "weights"),
         ({"weights": {"a": NAN}}, r"weights\.a=nan"),
         ({"weights": {"a": True}}, r"weights\.a"),
-        ({"role": "evaluation"}, "never trains"),
         ({"role": "both"}, "train, evaluation"),
         ({"mode": "cloud"}, "inproc, local, remote"),
         ({"mode": "remote"}, r"urls=\[\]"),
