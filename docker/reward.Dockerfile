@@ -11,15 +11,16 @@ FROM python:3.11-slim
 ARG EXTRA=open-clip
 ARG TORCH_INDEX=
 
-RUN useradd --create-home --uid 1000 reward
+RUN useradd --create-home --uid 1000 reward \
+    && install --directory --owner reward /home/reward/.cache /home/reward/.cache/huggingface
 WORKDIR /app
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY scripts/environment.sh scripts/make_reward_env.sh scripts/
 ENV PIP_NO_CACHE_DIR=1
 # The package itself comes after its requirements, so that a change of code does not install torch again.
 RUN mkdir -p adagrpo_train rewards configs && printf '__version__ = "0"\n' >adagrpo_train/__init__.py \
-    && ADAGRPO_TORCH_INDEX=$TORCH_INDEX bash scripts/make_reward_env.sh "$EXTRA" \
-    && ln -s ".venvs/$EXTRA" venv
+    && python=$(ADAGRPO_TORCH_INDEX=$TORCH_INDEX bash scripts/make_reward_env.sh "$EXTRA") \
+    && ln -s "${python%/bin/python}" venv
 COPY rewards rewards
 
 USER reward
