@@ -18,6 +18,7 @@ from rewards.server.limits import Limits
 from rewards.server.tokens import TokenFile, Tokens
 
 _GRACE_SECONDS = 30  # for what was begun before SIGTERM
+_IDLE_SECONDS = 75  # of a connection: clients end idle ones earlier, so that none asks on one that is just being ended
 _LAST_SECONDS = 5.0  # from the end of stdin to the end of the process, whatever the reward is doing
 
 
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         app.asgi(),
         http=impatient(limits.read_seconds),
         log_level="warning",
+        timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
         server_header=False,
         proxy_headers=False,

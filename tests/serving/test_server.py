@@ -348,6 +348,18 @@ def test_a_slow_head_does_not_keep_its_connection(serve: Serve) -> None:
     assert scores(ask(server, body(item("b", 9)))[1]) == {"b": 9}
 
 
+@pytest.mark.slow
+def test_an_idle_connection_is_for_its_client_to_end(pair: Pair) -> None:
+    """aiohttp ends them after 15 seconds. Ended by the server, a request may just be on its way."""
+    with socket.create_connection(("127.0.0.1", pair[0].port), timeout=18) as idle:
+        idle.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"ok"):
+            answer += idle.recv(4096)
+        with pytest.raises(TimeoutError):
+            idle.recv(4096)
+
+
 def test_sigterm_finishes_what_was_begun_and_refuses_what_comes_after(serve: Serve) -> None:
     server = serve(settings={"seconds": 2.0})
 
