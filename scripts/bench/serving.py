@@ -10,7 +10,6 @@ rounds and relative to the first case. Seconds on a shared machine are not compa
 import argparse
 import io
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import paced
 from PIL import Image
 
 from rewards.client import remote
@@ -28,7 +28,6 @@ from rewards.client.supervisor import LocalServers
 from rewards.contract import Sample
 from rewards.wire import WireImage, WireItem
 
-ROOT = Path(__file__).parents[2]
 IMAGES = 64
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "raw, 8 images per request": ("raw", {}),
@@ -55,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     samples = pictures(options.side)
     costs: dict[str, list[Cost]] = {name: [] for name in CASES}
-    with tempfile.TemporaryDirectory() as folder, free_server(Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, paced.server(Path(folder, "free")) as server:
         for _ in range(options.rounds):
             for name, (fmt, changes) in CASES.items():
                 repeats = 1 if fmt == "png" else options.repeats
@@ -71,12 +70,12 @@ def main() -> None:
 def measure(server: LocalServers, samples: list[Sample], fmt: str, changes: dict[str, Any], repeats: int) -> Cost:
     """Cost of one case, after one batch that is not counted."""
     (pid,) = server.processes
-    with formatted(fmt):
+    with sent_as(FORMATS[fmt]):
         client = RemoteClient(server.urls, token=server.token, settings=RemoteSettings(**changes))
         client.submit(samples).result()
         before = time.process_time(), cpu_seconds(pid), time.monotonic()
         for _ in range(repeats):
-            scores = client.submit(samples).result().scores["ordered"]
+            scores = client.submit(samples).result().scores["first"]
             assert np.array_equal(scores, np.arange(IMAGES)), scores
         after = time.process_time(), cpu_seconds(pid), time.monotonic()
         client.close()
@@ -101,29 +100,13 @@ def pictures(side: int) -> list[Sample]:
 
 
 @contextmanager
-def free_server(folder: Path) -> Iterator[LocalServers]:
-    """A server of the reward of the tests, which costs nothing."""
-    shutil.copy(ROOT / "tests/serving/ordered.py", folder / "ordered_reward.py")
-    metadata = folder / "ordered_reward-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: ordered-reward\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[adagrpo.rewards]\nordered = ordered_reward:Ordered\n")
-    path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
-    with LocalServers("ordered", settings={}, devices=["cpu"], log_folder=folder, environment=path) as server:
-        server.wait_ready(60)
-        yield server
-
-
-@contextmanager
-def formatted(fmt: str) -> Iterator[None]:
-    """The client sends raw pixels; here it may send files instead."""
-    usual: Callable[[Sample], WireItem] = remote._wire_item
-    if fmt == "png":
-        remote._wire_item = png_item
+def sent_as(make: Callable[[Sample], WireItem]) -> Iterator[None]:
+    """The client sends raw pixels; here it may send something else."""
+    remote._wire_item = make
     try:
         yield
     finally:
-        remote._wire_item = usual
+        remote._wire_item = FORMATS["raw"]
 
 
 def png_item(sample: Sample) -> WireItem:
@@ -137,6 +120,9 @@ def cpu_seconds(pid: int) -> float:
     """User and system time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+FORMATS: dict[str, Callable[[Sample], WireItem]] = {"raw": remote._wire_item, "png": png_item}
 
 
 if __name__ == "__main__":
