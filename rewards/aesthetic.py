@@ -81,6 +81,9 @@ class Aesthetic(VisionReward):
         self._size = tower.config.image_size
         return nn.ModuleDict({"tower": tower, "head": head})
 
+    def _details(self) -> Sequence[str]:
+        return (weight_files.described(self._model["tower"].config),)
+
     def _prepare(self, image: np.ndarray) -> Tensor:
         return pixel_maths.crop_to_square(image, self._size, centre="rounded")
 

@@ -4,7 +4,6 @@ Runs on random pictures and says of every rule whether it holds.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -105,6 +104,8 @@ def check(reward: Reward) -> dict[str, str]:
     batch = [_picture(n, prompts[n % len(prompts)], (64, 64)) for n in range(2 * len(prompts) + 1)]
     faults = {}
     for rule in RULES:
+        if reward.info.groupwise and rule is does_not_mind_the_batch:
+            continue  # it compares the images of a group: alone, one scores differently
         try:
             rule(reward, batch)
         except Exception as error:  # noqa: BLE001 - the plug-in under test may raise anything
@@ -115,20 +116,26 @@ def check(reward: Reward) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line per rule. Returns 0 if all hold, 1 if not, 2 after a mistake in the arguments."""
+    """Print a line per rule. Returns 0 if all hold, 1 if not, 2 if the reward cannot be made or loaded."""
     parser = argparse.ArgumentParser(
         prog="python -m rewards.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(registry.names())}")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--settings", default="{}", metavar="JSON", help="settings of the reward, as a JSON object")
+    parser.add_argument(
+        "--settings", type=registry.json_object, default={}, metavar="JSON", help="of the reward, as a JSON object"
+    )
     options = parser.parse_args(arguments)
     try:
-        reward = registry.make(options.name, json.loads(options.settings))
+        reward = registry.make(options.name, options.settings)
     except (ValueError, TypeError, LookupError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    reward.load(options.device)
+    try:
+        reward.load(options.device)
+    except Exception as error:  # noqa: BLE001 - whatever loading raises is told to whoever asked
+        sys.stderr.write(f"error: {options.name} cannot be loaded: {type(error).__name__}: {error}\n")
+        return 2
     faults = check(reward)
     reward.close()
     for rule, fault in faults.items():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +26,8 @@ class ClipScore(CosineReward):
     """Cosine of picture and prompt; OpenAI's ViT-L-14 gives matching ones 0.2 to 0.3.
 
     Checkpoint: by default OpenAI's ViT-L/14 (MIT), as published for open_clip. Range [-1, 1], or [-100, 100].
-    Preprocessing: what open_clip states for the checkpoint, by Pillow; prompts are cut to the model's context.
+    Preprocessing: what open_clip states for the tag or the folder, by Pillow, and OpenAI's for a weights file; prompts
+    are cut to the model's context.
     Reference implementation: open_clip's own transform, tokenizer and towers, without logit scale.
 
     Args:
@@ -36,7 +40,7 @@ class ClipScore(CosineReward):
         max_batch: most pictures in one pass.
     """
 
-    libraries = (*CosineReward.libraries, "open_clip_torch", "torchvision")
+    libraries = (*CosineReward.libraries, "open_clip_torch", "torchvision", "transformers", "ftfy")
 
     def __init__(
         self,
@@ -68,11 +72,17 @@ class ClipScore(CosineReward):
 
     @property
     def _identity(self) -> str:
-        return f"clip {self._architecture} x{self._scale:g}"
+        name = "local-dir" if self._architecture.startswith("local-dir:") else self._architecture  # a folder may move
+        return f"clip {name} x{self._scale:g}"
 
     def _build(self) -> nn.Module:
         open_clip = import_open_clip()
         source = f"architecture={self._architecture}, weights={self._weights}"
+        if "siglip" in self._architecture.lower() and self._weights and Path(self._weights).is_file():
+            raise weight_files.WeightsError(
+                f"{source}: a file does not say how SigLIP wants its pictures; name a tag, or "
+                "architecture=local-dir:FOLDER"
+            )
         try:
             with warnings.catch_warnings():
                 # open_clip goes on with the wrong activation, and scores come out subtly wrong.
@@ -80,17 +90,26 @@ class ClipScore(CosineReward):
                 model, _, self._transform = open_clip.create_model_and_transforms(
                     self._architecture, pretrained=self._weights, require_pretrained=True
                 )
+            self._tokenize = open_clip.get_tokenizer(self._architecture)
+            self._config = open_clip.get_model_config(self._architecture)
         except UserWarning as warning:
             raise weight_files.WeightsError(
                 f"{source}: {warning} Name the architecture that ends in -quickgelu (or the one that does not)"
             ) from warning
-        except (RuntimeError, OSError, ValueError) as error:
+        except Exception as error:  # what open_clip raises depends on where a file is damaged or differs
             raise weight_files.WeightsError(
                 f"{source}: {error}. Set weights to a local file or a tag that `open_clip.list_pretrained()` has for "
                 "this architecture; a tag must have been downloaded once where there is a network"
             ) from error
-        self._tokenize = open_clip.get_tokenizer(self._architecture)
         return model
+
+    def _details(self) -> Sequence[str]:
+        texts = [
+            repr(self._model),
+            json.dumps([self._config, getattr(self._model.visual, "preprocess_cfg", None)], default=str),
+        ]
+        inner = getattr(self._tokenize, "tokenizer", None)  # of transformers; open_clip's own comes with its version
+        return [*texts, weight_files.spelled(inner)] if inner is not None else texts
 
     def _prepare(self, image: np.ndarray) -> Tensor:
         return self._transform(Image.fromarray(image))

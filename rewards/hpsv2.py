@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ class HPSv2(CosineReward):
         max_batch: most pictures in one pass.
     """
 
-    libraries = (*CosineReward.libraries, "open_clip_torch")
+    libraries = (*CosineReward.libraries, "open_clip_torch", "ftfy")
 
     def __init__(
         self,
@@ -73,17 +74,23 @@ class HPSv2(CosineReward):
     def _build(self) -> nn.Module:
         path = weight_files.find("weights", self._weights, repo=REPO, filename=FILES[self._version])
         open_clip = import_open_clip()
-        model = open_clip.CLIP(**self._config(open_clip))
+        self._architecture_config = self._config(open_clip)
+        model = open_clip.CLIP(**self._architecture_config)
         weight_files.fill(model, weight_files.read(path, setting="weights"), setting=f"weights={path}")
         self._tokenize = open_clip.SimpleTokenizer(context_length=model.context_length)
         self._size = model.visual.image_size[0]
         return model
 
+    def _details(self) -> Sequence[str]:
+        return (json.dumps(self._architecture_config, sort_keys=True),)
+
     def _config(self, open_clip: Any) -> dict[str, Any]:
         config = open_clip.get_model_config(self._architecture)
         if config is None:
             if not Path(self._architecture).is_file():
-                raise ValueError(f"architecture={self._architecture}: neither a model of open_clip nor a config file")
+                raise weight_files.WeightsError(
+                    f"architecture={self._architecture}: neither a model of open_clip nor a config file"
+                )
             config = json.loads(Path(self._architecture).read_text())
         return config
 

@@ -109,14 +109,14 @@ class ImageReward(VisionReward):
 
         path = weight_files.find("weights", self._weights, repo=REPO, filename=FILE)
         state = weight_files.read(path, setting="weights")
-        try:
-            self._tokenizer = BertTokenizer.from_pretrained(self._tokenizer_source)
-        except (OSError, ValueError) as error:
-            raise weight_files.unreachable("tokenizer", self._tokenizer_source, error) from error
         vision = BlipVisionConfig(**{**VISION, **self._sizes.get("vision", {})})
         text = BlipTextConfig(
             **{**TEXT, **self._sizes.get("text", {})}, encoder_hidden_size=vision.hidden_size, is_decoder=True
         )
+        self._tokenizer = weight_files.tokenizer(
+            BertTokenizer, self._tokenizer_source, setting="tokenizer", vocabulary=text.vocab_size
+        )
+        self._configs = [weight_files.described(vision), weight_files.described(text)]
         model = nn.ModuleDict(
             {
                 "vision": BlipVisionModel(vision),
@@ -128,6 +128,9 @@ class ImageReward(VisionReward):
         weight_files.fill(model, rename(state), setting=f"weights={path}", ignore_others=True)
         self._size = int(vision.image_size)  # type: ignore[arg-type]
         return model
+
+    def _details(self) -> Sequence[str]:
+        return *self._configs, weight_files.spelled(self._tokenizer)
 
     def _prepare(self, image: np.ndarray) -> Tensor:
         return pixel_maths.crop_to_square(image, self._size, centre="rounded")

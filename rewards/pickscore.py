@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,7 +41,7 @@ class PickScore(CosineReward):
         *,
         model: str = "yuvalkirstain/PickScore_v1",
         tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        divisor: float = 1.0,
+        divisor: float = 26.0,
         dtype: str = "float32",
         max_batch: int = 32,
     ) -> None:
@@ -71,14 +72,19 @@ class PickScore(CosineReward):
         from transformers import CLIPModel, CLIPTokenizer
 
         model = weight_files.pretrained(CLIPModel, self._source, setting="model")
-        try:
-            self._tokenizer = CLIPTokenizer.from_pretrained(self._tokenizer_source)
-        except (OSError, ValueError) as error:
-            raise weight_files.unreachable("tokenizer", self._tokenizer_source, error) from error
+        self._tokenizer = weight_files.tokenizer(
+            CLIPTokenizer,
+            self._tokenizer_source,
+            setting="tokenizer",
+            vocabulary=model.config.text_config.vocab_size,
+        )
         self._size = model.config.vision_config.image_size
         self._context = model.config.text_config.max_position_embeddings
         self._scale = model.logit_scale.exp().item() / self._divisor
         return model
+
+    def _details(self) -> Sequence[str]:
+        return weight_files.described(self._model.config), weight_files.spelled(self._tokenizer)
 
     def _prepare(self, image: np.ndarray) -> Tensor:
         return pixel_maths.crop_to_square(image, self._size, centre="floored")

@@ -1,6 +1,7 @@
 """Rewards by name: the ones shipped here, and those that installed packages announce."""
 
 import difflib
+import json
 import pkgutil
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -49,6 +50,14 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> Reward:
     if not isinstance(reward, Reward) or version != API_VERSION:
         raise TypeError(f"reward {name}: {factory!r} makes no reward of api_version {API_VERSION} (it says {version})")
     return reward
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A command-line argument that is a JSON object, for argparse's `type`."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
 
 
 def _factory(name: str) -> Any:

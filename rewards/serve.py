@@ -32,11 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(
                 f"--host {options.host} can be reached from other machines: give --token-file (or --token-stdin)"
             )
-        reward = registry.make(options.name, json.loads(options.settings))
+        reward = registry.make(options.name, options.settings)
         if options.print_info:
             sys.stdout.write(json.dumps(dataclasses.asdict(reward.info), indent=2) + "\n")
             return 0
-        limits = Limits(**json.loads(options.limits))
+        limits = Limits(**options.limits)
         # Imported here: --help and a misspelt name need none of it.
         import uvicorn
 
@@ -71,8 +71,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="another than the loopback needs a token")
     parser.add_argument("--port", type=int, default=9001)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--settings", default="{}", metavar="JSON", help="settings of the reward, as a JSON object")
-    parser.add_argument("--limits", default="{}", metavar="JSON", help="other limits than the default ones")
+    parser.add_argument(
+        "--settings", type=registry.json_object, default={}, metavar="JSON", help="of the reward, as a JSON object"
+    )
+    parser.add_argument(
+        "--limits", type=registry.json_object, default={}, metavar="JSON", help="other limits than the default ones"
+    )
     parser.add_argument("--print-info", action="store_true", help="say what the reward is, and end")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 FILE = "HPSv3.safetensors"
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 #: From the names of transformers 4.45, which the published file has, to those of `Qwen2VLModel` since 4.52.
 _NAMES = (
     (r"visual\.", "model.visual."),
@@ -26,7 +26,8 @@ _NAMES = (
 
 def is_hub_id(source: str) -> bool:
     """Whether a setting names a repository of the hub: ``owner/name``, and nothing on this disk."""
-    return _HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+    names_file = source.endswith((FILE, *_TORCH_SUFFIXES, ".safetensors", ".json"))
+    return _HUB_ID.fullmatch(source) is not None and not names_file and not Path(source).exists()
 
 
 def weight_files(source: str) -> list[Path]:

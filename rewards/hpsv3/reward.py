@@ -18,6 +18,7 @@ from rewards.vision.torchvision_shim import mend_torchvision
 #: By precision: how much a score may change with its batch. A small random model on a CPU stays below 2e-6 in both;
 #: bfloat16 leaves room for kernels of a GPU that sum in another order for another shape.
 _TOLERANCE = {"bfloat16": 0.1, "float32": 1e-4}
+_BASE_FILES = ("config.json", "tokenizer.json")
 _PREPROCESSING = 1  # raise it whenever the same picture or prompt would reach the model differently
 _LIBRARIES = ("torch", "transformers", "pillow")
 
@@ -25,8 +26,8 @@ _LIBRARIES = ("torch", "transformers", "pillow")
 class HPSv3:
     """Human preference for a picture given its prompt, by Qwen2-VL-7B with a regression head.
 
-    Metrics: ``mu``, the score, and ``sigma``, the standard deviation that the model itself expects of it: exp of its
-    second output, as its loss reads it (the package's own `reward` returns the logarithm). Range of mu: unbounded.
+    Metrics: ``hpsv3``, the score (mu), unbounded, and ``hpsv3_log_sigma``, the logarithm of the standard deviation that
+    the model itself expects of it: its two outputs, as the package's `reward` returns them.
 
     Checkpoint: HPSv3.safetensors of MizzenAI/HPSv3 on the hub, MIT; config and tokenizer of Qwen/Qwen2-VL-7B-Instruct,
     Apache-2.0. About 16 GB of memory in bfloat16.
@@ -70,7 +71,7 @@ class HPSv3:
     def info(self) -> RewardInfo:
         return RewardInfo(
             name="hpsv3",
-            metrics=("mu", "sigma"),
+            metrics=("hpsv3", "hpsv3_log_sigma"),
             value_range=None,
             max_batch=self._max_batch,
             tolerance=_TOLERANCE[self._dtype],
@@ -96,6 +97,7 @@ class HPSv3:
             config = read_config(self._base, len(tokenizer))
         except (OSError, ValueError) as error:
             raise vision_weights.unreachable("base", self._base, error) from error
+        details = vision_weights.short_digest([vision_weights.described(config), vision_weights.spelled(tokenizer)])
         ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, REWARD_TOKEN])
         if ids[0] != config.image_token_id:
             raise vision_weights.WeightsError(
@@ -105,14 +107,14 @@ class HPSv3:
         model = build(config, tensors(files), getattr(torch, self._dtype))
         versions = "/".join(f"{name} {version(name)}" for name in _LIBRARIES)
         self._fingerprint = (
-            f"hpsv3@{vision_weights.digest(model)}/preprocessing {_PREPROCESSING}/{self._dtype}/{versions}"
+            f"hpsv3@{vision_weights.digest(model)}/{details}/preprocessing {_PREPROCESSING}/{self._dtype}/{versions}"
         )
         self._tokenizer, self._reward_id = tokenizer, ids[1]
         self._control_tokens = tuple(tokenizer.get_added_vocab())
         self._model, self._device = model.to(device), device
 
     def score(self, batch: Sequence[Sample]) -> Sequence[Mapping[str, float]]:
-        """Mu and sigma of every sample.
+        """Both outputs for every sample.
 
         Raises:
             ItemError: a picture is far too elongated, or a prompt contains a control token.
@@ -124,7 +126,7 @@ class HPSv3:
             for start in range(0, len(batch), self._max_batch):
                 inputs = [value.to(self._device) for value in self._collate(batch[start : start + self._max_batch])]
                 outputs = self._model(*inputs, self._reward_id).tolist()
-                scores += [{"mu": mu, "sigma": _exp(log_sigma)} for mu, log_sigma in outputs]
+                scores += [dict(zip(self.info.metrics, pair, strict=True)) for pair in outputs]
         return scores
 
     def fingerprint(self) -> str:
@@ -146,6 +148,11 @@ class HPSv3:
             torch.cuda.empty_cache()
 
     def _read_tokenizer(self) -> Any:
+        """The tokenizer of `base`, with the token that asks for a score.
+
+        Raises:
+            WeightsError: `base` is a folder that lacks files; transformers would make up what is missing.
+        """
         # Not Qwen2VLProcessor: it needs torchvision for videos that no reward looks at.
         from transformers import AutoTokenizer
 
@@ -154,6 +161,9 @@ class HPSv3:
                 f"base={self._base}: no such folder; give one with config.json and tokenizer.json of Qwen2-VL-7B, "
                 "or the hub id Qwen/Qwen2-VL-7B-Instruct"
             )
+        absent = [name for name in _BASE_FILES if Path(self._base).is_dir() and not (Path(self._base) / name).is_file()]
+        if absent:
+            raise vision_weights.WeightsError(f"base={self._base}: lacks {' and '.join(absent)} of Qwen2-VL-7B")
         tokenizer = AutoTokenizer.from_pretrained(self._base, padding_side="right")
         tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
         return tokenizer
@@ -176,8 +186,3 @@ class HPSv3:
             texts.append(conversation(sample.prompt, math.prod(grid) // MERGE**2))
         words = self._tokenizer(texts, padding=True, return_tensors="pt")
         return words.input_ids, words.attention_mask, torch.cat(pictures), torch.tensor(grids)
-
-
-def _exp(value: float) -> float:
-    """math.exp, with infinity in place of an OverflowError: whoever asked is told that the score is not finite."""
-    return math.exp(value) if value < 709 else math.inf

@@ -5,9 +5,15 @@ from collections.abc import Mapping
 
 _LONGEST = 65536  # characters of an answer that are looked at
 
-#: A number that is followed by nothing that would change it. "45" is not 4, "4/10" and "4,5" are no 4 either; without
-#: the possessive ``++`` the group would give digits back until one of them fits.
-NUMBER = r"([0-9]++(?:\.[0-9]++)?+)(?![.,]?\w|[ \t]*[/%]|[ \t]*out of)"
+#: A number that is followed by nothing that would change it. "45" is not 4; "4/10", "4,5", "3-4", "4 or 5" and "4 out
+#: of 5" are no 4 either; without the possessive ``++`` the group would give digits back until one of them fits.
+NUMBER = (
+    r"([0-9]++(?:\.[0-9]++)?+)"
+    r"(?![.,]?\w"  # more digits, an exponent, a unit
+    r"|[ \t]*[/%\u2044\uff0f^~\u00b1]|\s*out\s+of\b"  # a fraction, a share, an error
+    r"|\s*(?:[-:,;\u2010-\u2015\u2212]|to|or|of|and|x)?[ \t]*\(?(?:or[ \t]*)?[0-9]"  # a range, a second number
+    r"|[ \t]+and[ \t]+a[ \t]+half)"
+)
 
 
 class UnreadableError(ValueError):
@@ -18,7 +24,8 @@ class AnswerFormat:
     """Finds the scores in an answer.
 
     Args:
-        patterns: metric -> regular expression with one group, around the number.
+        patterns: metric -> regular expression with one group, around the number; ``{number}`` stands for the group that
+            NUMBER is.
         value_range: least and greatest score; others count as no score, they are not clipped.
 
     Raises:
@@ -63,7 +70,7 @@ class AnswerFormat:
 
 def _compiled(metric: str, pattern: str) -> re.Pattern[str]:
     try:
-        compiled = re.compile(pattern)
+        compiled = re.compile(pattern.replace("{number}", NUMBER))
     except re.error as error:
         raise ValueError(f"metrics.{metric}={pattern}: no regular expression: {error}") from error
     if compiled.groups != 1:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from rewards.contract import API_VERSION, RewardInfo, Sample
-from rewards.vision.weights import digest
+from rewards.vision.weights import digest, short_digest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -64,6 +64,10 @@ class VisionReward(ABC):
         """What the fingerprint says besides weights, precision and versions."""
         return self.info.name
 
+    def _details(self) -> Sequence[str]:
+        """What scores depend on besides: configs and tokenizers, as texts. Asked once the network is built."""
+        return ()
+
     def load(self, device: str) -> None:
         """Build the network, move it to the device and take its fingerprint.
 
@@ -73,8 +77,10 @@ class VisionReward(ABC):
         """
         model = self._build().eval().requires_grad_(False)
         versions = "/".join(f"{name} {version(name)}" for name in self.libraries)
+        self._model = model
         self._fingerprint = (
-            f"{self._identity}@{digest(model)}/preprocessing {self.preprocessing}/{self._dtype}/{versions}"
+            f"{self._identity}@{digest(model)}/{short_digest(self._details())}/preprocessing {self.preprocessing}/"
+            f"{self._dtype}/{versions}"
         )
         self._model, self._device = model.to(device), device
 
@@ -93,7 +99,7 @@ class VisionReward(ABC):
         return [{self.info.metrics[0]: value} for value in values]
 
     def fingerprint(self) -> str:
-        """Name, sha256 of the weights, version of the preprocessing, precision and libraries.
+        """Name, sha256 of weights, of configs and tokenizers, version of the preprocessing, precision, libraries.
 
         Raises:
             RuntimeError: nothing is loaded yet.

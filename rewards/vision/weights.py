@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+_NO_MATTER = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
 class WeightsError(RuntimeError):
@@ -33,17 +36,17 @@ def find(setting: str, value: str | None, *, repo: str, filename: str) -> Path:
             raise WeightsError(f"{setting}={value}: no such file; give the path of a {filename}, or null for the hub's")
         return path
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     try:
         return Path(hf_hub_download(repo, filename))
-    except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
         raise unreachable(setting, f"{repo}/{filename}", error) from error
 
 
 def unreachable(setting: str, source: str, error: Exception) -> WeightsError:
     """What to raise when the hub does not give a file: which, why, and what to do."""
-    if source.startswith(("/", ".", "~")):
+    if source.startswith(("/", ".", "~")) or Path(source).exists():
         return WeightsError(f"{setting}={source}: no such folder, or not what this reward needs ({error})")
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return WeightsError(
@@ -103,20 +106,73 @@ def pretrained(model_class: Any, source: str, *, setting: str) -> Any:
     """A transformers model from a folder or the hub, in float32, refusing one that would be partly random.
 
     Raises:
-        WeightsError: it cannot be had, or lacks weights that the class needs.
+        WeightsError: it cannot be had, is damaged, or lacks weights that the class needs.
     """
     import torch
 
+    place = _place(source)
     try:
-        model, report = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        model, report = model_class.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise unreachable(setting, source, error) from error
-    absent = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
+    except Exception as error:  # what a damaged file or one of another model raises depends on where it differs
+        raise WeightsError(
+            f"{setting}={source}: cannot be read as {model_class.__name__} ({type(error).__name__}: {error})"
+        ) from error
+    absent = sorted(map(str, report["missing_keys"]))
     if absent:
         raise WeightsError(
             f"{setting}={source}: lacks {len(absent)} weights of {model_class.__name__} ({absent[0]}, ...)"
         )
     return model
+
+
+def tokenizer(tokenizer_class: Any, source: str, *, setting: str, vocabulary: int, **options: Any) -> Any:
+    """A transformers tokenizer from a folder or the hub that knows words, and none that the model does not.
+
+    From a folder without its files transformers 5 makes an empty tokenizer, in which all prompts are alike.
+
+    Args:
+        vocabulary: tokens of the model.
+        options: of the tokenizer.
+
+    Raises:
+        WeightsError: it cannot be had, is empty, or belongs to a larger model.
+    """
+    try:
+        made = tokenizer_class.from_pretrained(_place(source), **options)
+    except (OSError, ValueError) as error:
+        raise unreachable(setting, source, error) from error
+    words = made("a photo of a cat", add_special_tokens=False).input_ids
+    known = [token for token in words if token not in made.all_special_ids]
+    if not known or max(words) >= vocabulary:
+        raise WeightsError(
+            f"{setting}={source}: holds no vocabulary of this model; give a folder with its tokenizer.json or "
+            "vocabulary files"
+        )
+    return made
+
+
+def described(config: Any) -> str:
+    """A transformers config as text, without what does not change scores: where it came from, and precision."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(child) for key, child in value.items() if key not in _NO_MATTER}
+        return value
+
+    return json.dumps(plain(config.to_dict()), sort_keys=True, default=str)
+
+
+def spelled(tokenizer: Any) -> str:
+    """A transformers tokenizer as text: everything that makes ids of words."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return json.dumps(
+            [sorted(tokenizer.get_vocab().items()), sorted(map(str, getattr(tokenizer, "bpe_ranks", {})))]
+        )
+    content = json.loads(backend.to_str())
+    return json.dumps({key: value for key, value in content.items() if key not in ("truncation", "padding")})
 
 
 def digest(model: nn.Module) -> str:
@@ -128,3 +184,12 @@ def digest(model: nn.Module) -> str:
         total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def short_digest(texts: Sequence[str]) -> str:
+    """The first 16 hexadecimal digits of the sha256 of some texts."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _place(source: str) -> str:
+    return str(Path(source).expanduser()) if source.startswith("~") else source

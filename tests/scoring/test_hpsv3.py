@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import socket
 import subprocess
 import sys
@@ -129,10 +128,10 @@ def test_outputs_equal_the_package_in_float32(folder: Path, exact: HPSv3) -> Non
 
 
 def test_float32_scores_keep_the_rounded_rotary_frequencies(scores: list[dict[str, float]]) -> None:
-    """Mu is the first output, sigma the exponential of the second. Exact frequencies move mu by 1.0 here."""
+    """Exact frequencies move the score by 1.0 here."""
     expected = np.array(GOLDEN["outputs"]["float32_rounded_rotary"])
-    np.testing.assert_allclose([score["mu"] for score in scores], expected[:, 0], rtol=0, atol=1e-5)
-    np.testing.assert_allclose([score["sigma"] for score in scores], np.exp(expected[:, 1]), rtol=1e-5)
+    np.testing.assert_allclose([score["hpsv3"] for score in scores], expected[:, 0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose([s["hpsv3_log_sigma"] for s in scores], expected[:, 1], rtol=0, atol=1e-5)
     exact = np.array(GOLDEN["outputs"]["float32"])
     assert np.abs(exact - expected).max() > 1.0, "rounding would not be noticed"
 
@@ -140,7 +139,7 @@ def test_float32_scores_keep_the_rounded_rotary_frequencies(scores: list[dict[st
 def test_bfloat16_scores_are_as_near_as_rounding_allows(folder: Path) -> None:
     """0.033 from the package in bfloat16; the package in float32 with exact frequencies is 1.5 away from itself."""
     reward = loaded(folder, dtype="bfloat16")
-    found = [(score["mu"], math.log(score["sigma"])) for score in reward.score(SAMPLES)]
+    found = [(score["hpsv3"], score["hpsv3_log_sigma"]) for score in reward.score(SAMPLES)]
     np.testing.assert_allclose(found, GOLDEN["outputs"]["bfloat16"], rtol=0, atol=0.06)
     buffers = {name: buffer for name, buffer in reward._model.named_buffers() if name.endswith("inv_freq")}
     assert len(buffers) >= 2
@@ -150,11 +149,11 @@ def test_bfloat16_scores_are_as_near_as_rounding_allows(folder: Path) -> None:
 
 def test_a_batch_changes_nothing(exact: HPSv3, scores: list[dict[str, float]]) -> None:
     order = [3, 0, 5]
-    alone = [exact.score([SAMPLES[n]])[0]["mu"] for n in order[:2]]
-    np.testing.assert_allclose(alone, [scores[n]["mu"] for n in order[:2]], rtol=0, atol=1e-5)
+    alone = [exact.score([SAMPLES[n]])[0]["hpsv3"] for n in order[:2]]
+    np.testing.assert_allclose(alone, [scores[n]["hpsv3"] for n in order[:2]], rtol=0, atol=1e-5)
     np.testing.assert_allclose(
-        [score["mu"] for score in exact.score([SAMPLES[n] for n in order])],
-        [scores[n]["mu"] for n in order],
+        [score["hpsv3"] for score in exact.score([SAMPLES[n] for n in order])],
+        [scores[n]["hpsv3"] for n in order],
         rtol=0,
         atol=1e-5,
     )
@@ -196,6 +195,28 @@ def test_every_form_of_checkpoint_gives_the_same_fingerprint(
         assert loaded(folder, weights=str(weights), dtype="float32").fingerprint() == exact.fingerprint()
     assert "/float32/torch 2" in exact.fingerprint()
     assert loaded(folder).fingerprint() != exact.fingerprint()
+
+
+@pytest.mark.parametrize("change", [{"rms_norm_eps": 1e-3}, {"rope_theta": 5e5}])
+def test_the_config_is_part_of_the_fingerprint(
+    folder: Path, exact: HPSv3, tmp_path: Path, change: dict[str, float]
+) -> None:
+    recipe.write_base(tmp_path / "base", RECORDED / "hpsv3_tokenizer.json", GOLDEN["config"] | change)
+    changed = loaded(folder, base=str(tmp_path / "base"), dtype="float32")
+    assert changed.fingerprint() != exact.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_base_that_lacks_a_file_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    recipe.write_base(tmp_path / "base", RECORDED / "hpsv3_tokenizer.json", GOLDEN["config"])
+    (tmp_path / "base" / name).unlink()
+    with pytest.raises(WeightsError, match=rf"base=.*: lacks {name}"):
+        loaded(folder, base=str(tmp_path / "base"))
+
+
+def test_a_file_that_is_not_there_is_no_hub_id(folder: Path) -> None:
+    with pytest.raises(WeightsError, match=r"weights=weights/HPSv3\.safetensors: no such file"):
+        loaded(folder, weights="weights/HPSv3.safetensors")
 
 
 def test_other_weights_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
@@ -279,8 +300,10 @@ def test_nothing_heavy_is_imported_and_nothing_looked_up_before_loading() -> Non
 
 
 @pytest.mark.slow
-def test_keeps_the_contract(folder: Path) -> None:
-    reward = registry.make("hpsv3", {"weights": str(folder), "base": str(folder / "base"), "max_batch": 3})
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_keeps_the_contract(folder: Path, dtype: str) -> None:
+    settings = {"weights": str(folder), "base": str(folder / "base"), "max_batch": 3, "dtype": dtype}
+    reward = registry.make("hpsv3", settings)
     reward.load("cpu")
     assert not any(check(reward).values()), check(reward)
     reward.close()

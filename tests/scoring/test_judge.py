@@ -185,6 +185,34 @@ def test_scores_keep_the_order_while_several_questions_run(
     assert time.monotonic() - started < 1.8, "one after the other they take 2.3 s"
 
 
+NOT_ONE_NUMBER = (
+    "3-4", "3\u20134", "4 to 5", "4 or 5", "4 (or 5)", "3\u00b11", "4:5", "4\u20445", "4, 5", "4 of 5", "4\nout of 5",
+    "4 and a half", "7,5", "3 out of 5", "8/100", "1e1", "~", "4 / 5", "4 %",
+)  # fmt: skip
+ONE_NUMBER = {
+    "4": 4.0,
+    "3.5": 3.5,
+    "4.": 4.0,
+    "3;": 3.0,
+    "3\n": 3.0,
+    "3, because": 3.0,
+    "3 - good": 3.0,
+    "3 (fair)": 3.0,
+}
+
+
+@pytest.mark.parametrize("text", NOT_ONE_NUMBER)
+def test_what_is_not_one_number_is_not_read(text: str) -> None:
+    with pytest.raises(UnreadableError, match="0 scores"):
+        AnswerFormat({"score": r"Score:\s*{number}"}, (0.0, 100.0)).read(f"Score: {text}")
+
+
+@pytest.mark.parametrize("text", ONE_NUMBER)
+def test_a_number_is_read_whatever_prose_follows(text: str) -> None:
+    answer = AnswerFormat({"score": r"Score:\s*{number}"}, (0.0, 100.0)).read(f"Score: {text}")
+    assert answer == {"score": ONE_NUMBER[text]}
+
+
 UNREADABLE = {
     "prose": ("A lovely picture of a cat.", "0 scores"),
     "out of range": (GOOD_1.replace("3.5", "6"), "outside"),

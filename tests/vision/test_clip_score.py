@@ -1,5 +1,7 @@
 """The CLIP score against open_clip's own transform, tokenizer and towers."""
 
+import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -64,6 +66,34 @@ def test_the_wrong_activation_is_refused(
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(small_clip[1]))
     with pytest.raises(WeightsError, match="ends in -quickgelu"):
         ClipScore(architecture="ViT-L-14", weights="openai").load("cpu")
+
+
+def test_the_fingerprint_knows_scale_and_preprocessing_but_not_where_the_folder_lies(
+    small_clip: tuple[str, Path], tmp_path: Path
+) -> None:
+    def fingerprint(folder: Path, **settings: str) -> str:
+        reward = ClipScore(architecture=f"local-dir:{folder}", weights=None, **settings)
+        reward.load("cpu")
+        return reward.fingerprint()
+
+    folder, copied = small_clip[1].parent, tmp_path / "copied"
+    shutil.copytree(folder, copied, ignore=shutil.ignore_patterns("copied"))
+    assert fingerprint(folder) == fingerprint(copied)
+    config = json.loads((copied / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    (copied / "open_clip_config.json").write_text(json.dumps(config))
+    assert len({fingerprint(folder), fingerprint(copied), fingerprint(folder, scale="x100")}) == 3
+
+
+def test_the_default_is_openais_model_with_its_own_activation() -> None:
+    assert ClipScore()._architecture == "ViT-L-14-quickgelu"
+
+
+@pytest.mark.parametrize("content", [b"damaged", b""])
+def test_a_file_that_holds_no_weights_is_named(content: bytes, open_clip: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"architecture=ViT-B-32, weights="):
+        ClipScore(architecture="ViT-B-32", weights=str(tmp_path / "weights.pt")).load("cpu")
 
 
 def test_weights_beside_an_architecture_that_has_its_own_are_refused() -> None:

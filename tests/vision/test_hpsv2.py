@@ -107,6 +107,20 @@ def test_the_fingerprint_tells_weights_precision_and_version_apart(small_clip: t
     assert len(prints) == 4
 
 
+def test_each_version_is_its_own_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def download(repo: str, filename: str) -> str:
+        asked.append((repo, filename))
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    for version in ("v2.1", "v2.0"):
+        with pytest.raises(WeightsError):
+            HPSv2(version=version).load("cpu")
+    assert asked == [("xswu/HPSv2", "HPS_v2.1_compressed.pt"), ("xswu/HPSv2", "HPS_v2_compressed.pt")]
+
+
 def test_lower_precision_stays_near(reward: HPSv2, small_clip: tuple[str, Path]) -> None:
     lower = HPSv2(weights=str(small_clip[1]), architecture=small_clip[0], dtype="bfloat16")
     lower.load("cpu")

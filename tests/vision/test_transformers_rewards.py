@@ -1,6 +1,8 @@
 """PickScore, aesthetic and ImageReward; they need transformers only and run in the trainer's environment too."""
 
 import json
+import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +55,7 @@ def clip_folder(tmp_path: Path) -> Path:
 
 
 def test_pickscore_is_the_logit_of_transformers(clip_folder: Path) -> None:
-    reward = PickScore(model=str(clip_folder), tokenizer=str(TOKENIZER))
+    reward = PickScore(model=str(clip_folder), tokenizer=str(TOKENIZER), divisor=1)
     reward.load("cpu")
     model = CLIPModel.from_pretrained(clip_folder).eval()
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
@@ -65,7 +67,7 @@ def test_pickscore_is_the_logit_of_transformers(clip_folder: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     assert np.ptp(found) > 0.1
 
-    divided = PickScore(model=str(clip_folder), tokenizer=str(TOKENIZER), divisor=26)
+    divided = PickScore(model=str(clip_folder), tokenizer=str(TOKENIZER))  # 26
     divided.load("cpu")
     np.testing.assert_allclose(values(divided.score(every_pair(CAPTIONS))), expected / 26, rtol=0, atol=1e-6)
     assert divided.fingerprint() != reward.fingerprint()
@@ -78,6 +80,61 @@ def test_pickscore_refuses_a_model_that_would_be_partly_random(clip_folder: Path
     CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=24).save_pretrained(clip_folder)
     with pytest.raises(WeightsError, match=r"lacks \d+ weights of CLIPModel"):
         PickScore(model=str(clip_folder), tokenizer=str(TOKENIZER)).load("cpu")
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(clip_folder: Path, image_reward_settings: dict) -> None:
+    """transformers makes an empty one from a folder without its files, and all prompts become alike."""
+    with pytest.raises(WeightsError, match=r"tokenizer=.*holds no vocabulary"):
+        PickScore(model=str(clip_folder), tokenizer=str(clip_folder)).load("cpu")
+    with pytest.raises(WeightsError, match=r"tokenizer=.*holds no vocabulary"):
+        ImageReward(**image_reward_settings | {"tokenizer": str(clip_folder)}).load("cpu")
+
+
+def test_configs_and_tokenizers_are_part_of_the_fingerprint(clip_folder: Path, tmp_path: Path) -> None:
+    def fingerprint(tokenizer: Path) -> str:
+        reward = PickScore(model=str(clip_folder), tokenizer=str(tokenizer))
+        reward.load("cpu")
+        return reward.fingerprint()
+
+    copied = tmp_path / "copied"
+    shutil.copytree(TOKENIZER, copied)
+    prints = [fingerprint(TOKENIZER), fingerprint(copied)]
+    assert prints[0] == prints[1], "where a folder lies does not count"
+    content = json.loads((copied / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    words = [word for word in vocabulary if word.startswith(("red", "blue"))]
+    vocabulary[words[0]], vocabulary[words[1]] = vocabulary[words[1]], vocabulary[words[0]]
+    (copied / "tokenizer.json").write_text(json.dumps(content))
+    prints.append(fingerprint(copied))
+    config = json.loads((clip_folder / "config.json").read_text())
+    config["vision_config"]["hidden_act"] = "gelu"
+    (clip_folder / "config.json").write_text(json.dumps(config))
+    prints.append(fingerprint(TOKENIZER))
+    assert len(set(prints)) == 3
+    assert all(f"{name} {version(name)}" in prints[0] for name in ("torch", "pillow", "transformers"))
+    assert "/preprocessing 1/" in prints[0]
+
+
+def test_damaged_weights_are_named_with_their_setting(clip_folder: Path) -> None:
+    (clip_folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(WeightsError, match=r"model=.*cannot be read as CLIPModel"):
+        PickScore(model=str(clip_folder), tokenizer=str(TOKENIZER)).load("cpu")
+
+
+def test_a_closed_reward_keeps_nothing(clip_folder: Path) -> None:
+    reward = PickScore(model=str(clip_folder), tokenizer=str(TOKENIZER))
+    reward.load("cpu")
+    reward.score(samples(["a red circle"]))
+    reward.close()
+    assert reward._model is None
+    assert not reward._texts
+
+
+def test_the_head_of_aesthetic_stays_in_float32(clip_folder: Path, predictor: Path) -> None:
+    reward = Aesthetic(predictor=str(predictor), model=str(clip_folder), dtype="bfloat16")
+    reward.load("cpu")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert reward._values(torch.zeros(2, 3, 224, 224), ["", ""]).dtype == torch.float32
 
 
 def test_a_model_out_of_reach_is_named_with_its_setting() -> None:
