@@ -14,7 +14,8 @@ export WANDB_MODE=offline
 
 fast_only=false
 paths_given=false
-options=()
+cores=$(getconf _NPROCESSORS_ONLN)
+options=(-n "$((cores < 4 ? cores : 4))") # a worker holds 0.5 GB; -n among the arguments comes later and counts
 for argument in "$@"; do
   if [[ $argument == --fast ]]; then fast_only=true; else options+=("$argument"); fi
   if [[ -e ${argument%%::*} ]]; then paths_given=true; fi
@@ -24,7 +25,7 @@ nothing_ran=5 # pytest's exit status when no test was selected
 run_pytest() {
   local python=$1 status=0
   shift
-  "$python" -m pytest "$@" ${options[@]+"${options[@]}"} || status=$?
+  "$python" -m pytest "$@" "${options[@]}" || status=$?
   if ((status != 0 && status != nothing_ran)); then exit "$status"; fi
   if ((status == 0)); then something_ran=true; fi
 }
