@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 class PickScore(CosineReward):
     """Cosine times the logit scale of a finetuned CLIP ViT-H-14; pictures score 18 to 24, differences are logits.
 
-    Checkpoint: yuvalkirstain/PickScore_v1 with the tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, both MIT. Range
-    [-scale, scale] with a logit scale of at most 100. Preprocessing: CLIP's square of 224 pixels from the middle
-    (`crop_to_square`, as in transformers); prompts are cut to 77 tokens. Reference implementation: the example of
-    yuvalkirstain/PickScore's README; Flow-GRPO (flow_grpo/pickscore_scorer.py) divides by 26 on top, here
-    ``divisor=26``.
+    Checkpoint: yuvalkirstain/PickScore_v1 with the tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, MIT (that of the
+    repository; the model card states none). Range [-100, 100] / divisor. Preprocessing: CLIP's square of 224 pixels
+    from the middle (`crop_to_square`, as in transformers); prompts are cut to 77 tokens. Reference implementation: the
+    example of yuvalkirstain/PickScore's README; Flow-GRPO (flow_grpo/pickscore_scorer.py) divides by 26 on top, as is
+    done here unless told otherwise.
 
     Args:
         model: folder or hub name of the `CLIPModel`.

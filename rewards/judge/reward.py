@@ -43,6 +43,7 @@ class VLMJudge:
     Args:
         template: the question, with ``{prompt}`` once. Other braces mean nothing.
         metrics: metric -> regular expression with exactly one group, around the number. The first is the reward proper.
+            ``{number}`` stands for a group that takes a number, and none from a range, a fraction or a percentage.
         value_range: least and greatest score of every metric.
         max_batch: most pictures at once.
         connection: everything else is a setting of `Connection`; ``base_url`` and ``model`` are needed.
@@ -184,7 +185,7 @@ class UnifiedReward(VLMJudge):
 
     Checkpoints, MIT: version 1 CodeGoat24/UnifiedReward-7b (LLaVA) and UnifiedReward-qwen-7b (Qwen2.5-VL); version 2
     CodeGoat24/UnifiedReward-2.0-qwen-7b and UnifiedReward-2.0-qwen3vl-8b. Their repository serves them by ``vllm serve
-    CodeGoat24/UnifiedReward-2.0-qwen3vl-8b --served-model-name UnifiedReward --port 8080``. Which checkpoint a server
+    CodeGoat24/UnifiedReward-2.0-qwen3vl-8b --served-model-name UnifiedReward --port 8000``. Which checkpoint a server
     has loaded cannot be seen from here: asking version 1 with the question of version 2 is not noticed unless answers
     cannot be read.
 

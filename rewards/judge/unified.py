@@ -1,7 +1,7 @@
 """The questions of UnifiedReward, to the letter, and where its answers hold the scores.
 
-Text from github.com/CodeGoat24/UnifiedReward, MIT, Copyright (c) 2025 Yibin Wang. The checkpoints were trained with
-these words. A question also asks version 1 for ``element (type): value`` lines, which are not used.
+Text from github.com/CodeGoat24/UnifiedReward, MIT: unified.LICENSE. The checkpoints were trained with these words. A
+question also asks version 1 for ``element (type): value`` lines, which are not used.
 """
 
 from rewards.judge.answers import NUMBER
