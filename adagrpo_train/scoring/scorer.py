@@ -127,9 +127,10 @@ class Scorer:
         """Advantages against the group alone [N], of samples of all ranks; 0 where a sample is not comparable."""
         total = self.total(parts)
         if self._level == "advantage":
-            return weighted_advantages(
-                parts, self._weights, group, group_size=group_size, advantage=advantage.local
-            ) * comparable(total, group, group_size=group_size)
+            # A sample that may not be trained on counts in no statistics of its group, whichever part it has.
+            unusable = ~comparable(total, group, group_size=group_size)
+            masked = {name: parts[name].masked_fill(unusable, torch.nan) for name in self._weights}
+            return weighted_advantages(masked, self._weights, group, group_size=group_size, advantage=advantage.local)
         return weighted_advantages(
             {"total": total}, {"total": 1.0}, group, group_size=group_size, advantage=advantage.local
         )
@@ -311,7 +312,7 @@ class Collector:
         """Submit everything once more when the reward is back; after a heartbeat ranks speak to each other again."""
         try:
             source.client.wait_ready(_HEARTBEAT_SECONDS)
-        except RewardUnavailableError as error:
+        except Exception as error:  # noqa: BLE001 - raised again by _decide, on every rank at once
             return error
         self._waiting[source.entry.name] = [source.client.submit(self._samples)]
         return self._outcome(source)

@@ -185,8 +185,10 @@ def test_a_sample_that_lacks_a_required_score_has_no_advantage_though_other_part
     both = scorer((entry("first"), A), (entry("second", {"c": 1.0}), C), level="advantage")
     parts = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.zeros(4), "c": torch.tensor([NAN, 1.0, 2.0, 4.0])}
     got = both.local_advantages(parts, torch.zeros(4, dtype=torch.int64), 4, GROUP)
+    rest = {"a": torch.tensor([2.0, 3.0, 4.0]), "c": torch.tensor([1.0, 2.0, 4.0])}
+    expected = sum(GROUP.local(values, torch.zeros(3, dtype=torch.int64)) for values in rest.values())
     assert got[0] == 0
-    assert bool((got[1:] != 0).all())
+    assert torch.allclose(got[1:], expected)
 
 
 class TwoRanks(Engine):
@@ -209,6 +211,18 @@ def test_the_share_of_missing_scores_is_that_of_all_ranks() -> None:
     scores = both.score(images("xz"), ["x", "z"])
     assert scores.missing == {"first": 2 / 8}
     assert "no score for 'z'" in scores.reason
+
+
+def test_a_server_that_comes_back_refused_stops_the_run_with_its_words() -> None:
+    class Changed(Absent):
+        def wait_ready(self, seconds: float) -> None:
+            raise RewardRefusedError("it scores with other weights now")
+
+    source = Source(entry("first", on_unavailable="wait"), Changed(A, times=1))
+    one = Scorer([source], scale="raw", level="reward", alpha=0.5, engine=Engine(kind="single", device="cpu"))
+    with pytest.raises(RewardError, match="other weights now") as caught:
+        one.score(images("x"), ["x"])
+    assert caught.value.on_every_rank
 
 
 def test_what_waiting_cannot_mend_on_another_rank_stops_this_one_too() -> None:
