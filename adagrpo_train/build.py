@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from adagrpo_train.runtime.checkpoint import Checkpoints, Snapshot
 from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.files import fingerprint
 from adagrpo_train.runtime.policy import Policy
+from adagrpo_train.runtime.stopping import StopRequest
 from adagrpo_train.scoring.connect import Rewards
 from adagrpo_train.scoring.entry import RewardEntry
 from adagrpo_train.scoring.scorer import Scorer
@@ -34,8 +35,33 @@ from adagrpo_train.types import RunInfo
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-FREE_ON_RESUME = ("iterations", "resume", "tracker", "evaluation.every", "checkpoint", "name", "engine.kind")
+FREE_ON_RESUME = (
+    "iterations",
+    "resume",
+    "tracker",
+    "evaluation.every",
+    "checkpoint",
+    "name",
+    "engine.kind",
+    "scoring.accept_changed_rewards",
+)
 """Keys that may differ between a checkpoint and the run that continues from it: they do not change the result."""
+
+SERVING = (
+    "mode",
+    "device",
+    "devices",
+    "python",
+    "urls",
+    "token_file",
+    "settings",
+    "on_unavailable",
+    "wait_seconds",
+    "deadline_seconds",
+    "startup_seconds",
+    "hedge_seconds",
+)
+"""Keys of a reward that say where and how it is asked. What it answers is guarded by its fingerprint."""
 
 INPUTS = ("model.path", "prompts.path", "prompts.evaluation_path")
 """Keys that name files: a run continues from any place that holds the same contents."""
@@ -50,6 +76,7 @@ class Parts:
     rewards: Rewards
     scorer: Scorer
     evaluator: Evaluator
+    stop: StopRequest
 
 
 def make_engine(settings: Settings) -> Engine:
@@ -78,13 +105,14 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path) -> Parts:
     trainable = _make(values["trainable"], "trainable")
     trainable.attach(model, seed=values["seed"], reference=values["algorithm"]["objective"]["kl_weight"] > 0)
     policy = Policy(model=model, trainable=trainable, average=values["weight_average"], engine=engine)
-    rewards = Rewards(entries, engine=engine, log_dir=run_dir / "rewards")
+    rewards, stop = Rewards(entries, engine=engine, log_dir=run_dir / "rewards"), StopRequest()
     scorer = Scorer(
         rewards.sources,
         scale=values["scoring"]["scale"],
         level=values["scoring"]["level"],
         alpha=values["curriculum"]["alpha"],
         engine=engine,
+        stop=stop,
     )
     evaluation = values["evaluation"]
     evaluator = Evaluator(
@@ -98,7 +126,7 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path) -> Parts:
         scorer=scorer,
         engine=engine,
     )
-    return Parts(policy, sampler, rewards, scorer, evaluator)
+    return Parts(policy, sampler, rewards, scorer, evaluator, stop)
 
 
 def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Snapshot | None) -> tuple[Trainer, Parts]:
@@ -137,13 +165,14 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         evaluator=parts.evaluator,
         checkpoints=Checkpoints(run_dir / "checkpoints", keep=values["checkpoint"]["keep"]),
         engine=engine,
+        stop=parts.stop,
         schedule=schedule,
         run_dir=run_dir,
         config=values,
         inputs=inputs_of(settings),
     )
     if snapshot:
-        check_same_rewards(parts.scorer, snapshot)
+        check_same_rewards(settings, parts.scorer, snapshot)
         trainer.restore(snapshot)
     return trainer, parts
 
@@ -172,7 +201,13 @@ def check_continuation(settings: Settings, engine: Engine, snapshot: Snapshot) -
         ConfigError: the run has already gone further.
     """
     resume, iterations = settings.values["resume"], settings.values["iterations"]
-    free = FREE_ON_RESUME + _same_inputs(settings, snapshot)
+    saved, present = set(snapshot.config["reward"]), set(settings.values["reward"])
+    if saved != present:
+        raise CheckpointError(
+            f"resume={resume}: the checkpoint was made with reward=[{','.join(sorted(saved))}], this run has "
+            f"[{','.join(sorted(present))}]; choose the same, or start a new run"
+        )
+    free = FREE_ON_RESUME + _serving(saved) + _same_inputs(settings, snapshot)
     if settings.values["lr_schedule"]["anneal_iterations"]:
         free = tuple(key for key in free if key != "iterations")  # the fall of the rate is counted from the end
     checkpoint.check_compatible(snapshot.config, settings.values, free=free)
@@ -186,30 +221,42 @@ def check_continuation(settings: Settings, engine: Engine, snapshot: Snapshot) -
 
 
 def check_same_model(settings: Settings, snapshot: Snapshot) -> None:
-    """Refuse to score a checkpoint under another model, choice of trained weights or reward than its own.
+    """Refuse to score a checkpoint under another model, choice of trained weights, reward or scale than its own.
+
+    Rewards with role=evaluation may come and go: they change no other score.
 
     Raises:
         CheckpointError: names the differing keys.
     """
-    sections = ("model", "trainable", "reward")
-    saved, present = ({name: values[name] for name in sections} for values in (snapshot.config, settings.values))
+    saved, present = (
+        {name: values[name] for name in ("model", "trainable")}
+        | {"reward": {name: own for name, own in values["reward"].items() if own["role"] == "train"}}
+        | {"scoring": {"scale": values["scoring"]["scale"]}}
+        for values in (snapshot.config, settings.values)
+    )
     # The prompts are free here: scoring others is what the command is for.
-    checkpoint.check_compatible(saved, present, free=_same_inputs(settings, snapshot, keys=("model.path",)))
+    free = _same_inputs(settings, snapshot, keys=("model.path",)) + _serving(saved["reward"])
+    checkpoint.check_compatible(saved, present, free=free)
 
 
-def check_same_rewards(scorer: Scorer, snapshot: Snapshot) -> None:
+def check_same_rewards(settings: Settings, scorer: Scorer, snapshot: Snapshot) -> None:
     """Refuse to go on with scores of another make: weights, preprocessing or library versions of a reward.
 
+    Rewards that only one side has are not compared: see check_continuation() and check_same_model().
+
     Raises:
-        CheckpointError: names the reward.
+        CheckpointError: names the reward, unless scoring.accept_changed_rewards is set.
     """
     saved = snapshot.state["rewards"]
-    for name, fingerprint_now in scorer.fingerprints.items():
-        if saved.get(name) != fingerprint_now:
+    for name, present in scorer.fingerprints.items():
+        if name not in saved or saved[name] == present:
+            continue
+        change = f"reward {name} is not the one that the checkpoint was made with: {present} now, {saved[name]} then"
+        if not settings.values["scoring"]["accept_changed_rewards"]:
             raise CheckpointError(
-                f"reward {name} is not the one that the checkpoint was made with: {fingerprint_now} now, "
-                f"{saved.get(name)} then; serve that one again, or start a new run"
+                f"{change}; serve that one again, start a new run, or set scoring.accept_changed_rewards=true"
             )
+        _log.warning("%s; accepted by scoring.accept_changed_rewards=true", change)
 
 
 def choose_run_dir(settings: Settings, engine: Engine, snapshot: Snapshot | None) -> Path:
@@ -295,6 +342,10 @@ def make_tracker(settings: Settings, run_dir: Path, snapshot: Snapshot | None) -
         )
     )
     return tracker
+
+
+def _serving(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"reward.{name}.{key}" for name in names for key in SERVING)
 
 
 def _entry(name: str, section: dict[str, Any]) -> RewardEntry:

@@ -144,16 +144,20 @@ def _evaluate(settings: Settings) -> None:
 
     from adagrpo_train import build
     from adagrpo_train.tracking.images import image_grid
+    from adagrpo_train.tracking.records import missing_scores
 
     engine = build.make_engine(settings)
     snapshot = build.open_snapshot(settings, engine)
-    parts = build.make_parts(settings, engine, settings.run_dir)
     if snapshot:
         build.check_same_model(settings, snapshot)
-        parts.policy.load_state_dict(snapshot.tensors)
-        parts.scorer.load_state_dict(snapshot.state["scoring"])
+    parts = build.make_parts(settings, engine, settings.run_dir)
     with closing(parts.rewards):
+        if snapshot:
+            build.check_same_rewards(settings, parts.scorer, snapshot)
+            parts.policy.load_state_dict(snapshot.tensors)
+            parts.scorer.load_state_dict(snapshot.state["scoring"])
         evaluation = parts.evaluator.evaluate(parts.policy)
+        traffic = parts.scorer.drain(evaluation=True)
     if engine.is_main:
         settings.run_dir.mkdir(parents=True, exist_ok=True)
         evaluation.save(settings.run_dir / "evaluation.jsonl")
@@ -161,6 +165,8 @@ def _evaluate(settings: Settings) -> None:
         Image.fromarray(image_grid(evaluation.grid, captions)).save(settings.run_dir / "evaluation.png")
         for name, value in evaluation.metrics().items():
             sys.stdout.write(f"{name:<28} {value:.4f}\n")
+        for name, count in missing_scores(traffic, evaluation=True).items():
+            sys.stdout.write(f"{count} scores of reward {name} are missing\n")
         sys.stdout.write(f"{len(evaluation.prompts)} images; written to {settings.run_dir}\n")
     engine.close()
 

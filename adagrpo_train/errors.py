@@ -20,6 +20,10 @@ class RewardError(AdaGRPOError):
     """A reward is missing, not finite or of the wrong shape. A failed reward never becomes a number."""
 
 
+class StoppedError(AdaGRPOError):
+    """The run was asked to stop while it waited for something outside itself. Not a fault: the state is saved."""
+
+
 class TrainingError(AdaGRPOError):
     """Training produced a value that must not reach the weights, such as a non-finite loss."""
 

@@ -1,7 +1,6 @@
 """The training loop, top-down: prompts -> curriculum -> rollout -> rewards -> advantages -> update."""
 
 import logging
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,17 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from adagrpo_train.errors import ConfigError, RewardError, TrainingError
+from adagrpo_train.errors import ConfigError, RewardError, StoppedError, TrainingError
 from adagrpo_train.evaluator import Evaluator
-from adagrpo_train.functional.advantages import mean_group_std, zero_variance_fraction
 from adagrpo_train.interfaces import Advantage, Curriculum, Objective, PromptSource, Tracker
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime.checkpoint import Checkpoints, Snapshot, random_state, restore_random_state
 from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.runtime.figures import Figures
 from adagrpo_train.runtime.policy import Policy
 from adagrpo_train.runtime.stopping import StopRequest
 from adagrpo_train.runtime.timing import StageTimer, peak_memory_bytes
+from adagrpo_train.scoring.figures import sample_figures
 from adagrpo_train.scoring.scorer import Collector, Scorer
 from adagrpo_train.types import (
     Conditions,
@@ -109,6 +109,7 @@ class Trainer:
         evaluator: Evaluator,
         checkpoints: Checkpoints,
         engine: Engine,
+        stop: StopRequest,
         schedule: Schedule,
         run_dir: Path,
         config: dict[str, Any],
@@ -117,7 +118,7 @@ class Trainer:
         self._prompts, self._curriculum, self._sampler, self._scorer = prompts, curriculum, sampler, scorer
         self._advantage, self._objective, self._policy, self._optimizer = advantage, objective, policy, optimizer
         self._rates, self._evaluator, self._checkpoints = rates, evaluator, checkpoints
-        self._engine, self._schedule, self._run_dir = engine, schedule, run_dir
+        self._engine, self._stop, self._schedule, self._run_dir = engine, stop, schedule, run_dir
         self._config, self._inputs = config, inputs
         self._first, self._updates, self._skipped = 0, 0, 0
         self._timer = StageTimer()
@@ -134,27 +135,33 @@ class Trainer:
             "completed" or "interrupted".
         """
         self._tracker = tracker
-        stop = StopRequest()
-        with stop.listening():
-            if self._first == 0 or (self._evaluation_due(self._first) and not self._evaluated(self._first)):
-                self._evaluate_or_save(self._first)
-                if self._asked(stop):
-                    return "interrupted"
-            for iteration in range(self._first, self._schedule.iterations):
-                metrics = self._train_or_save(iteration)
-                done = iteration + 1
-                if self._tracker:
-                    self._tracker.log(metrics, done)
-                last = done == self._schedule.iterations
-                stopping = self._asked(stop) and not last
-                # Whoever asks to stop does not wait for an evaluation: the resumed run makes it.
-                if self._evaluation_due(done) and not stopping:
-                    self._evaluate_or_save(done)
-                    stopping = self._asked(stop) and not last
-                if stopping or last or _due(done, self._schedule.save_every):
-                    self._save(done)
-                if stopping:
-                    return "interrupted"
+        with self._stop.listening():
+            try:
+                return self._loop()
+            except StoppedError as stopped:
+                _log.info("%s", stopped)
+                return "interrupted"
+
+    def _loop(self) -> str:
+        if self._first == 0 or (self._evaluation_due(self._first) and not self._evaluated(self._first)):
+            self._evaluate_or_save(self._first)
+            if self._asked():
+                return "interrupted"
+        for iteration in range(self._first, self._schedule.iterations):
+            metrics = self._train_or_save(iteration)
+            done = iteration + 1
+            if self._tracker:
+                self._tracker.log(metrics, done)
+            last = done == self._schedule.iterations
+            stopping = self._asked() and not last
+            # Whoever asks to stop does not wait for an evaluation: the resumed run makes it.
+            if self._evaluation_due(done) and not stopping:
+                self._evaluate_or_save(done)
+                stopping = self._asked() and not last
+            if stopping or last or _due(done, self._schedule.save_every):
+                self._save(done)
+            if stopping:
+                return "interrupted"
         return "completed"
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -167,21 +174,21 @@ class Trainer:
         self._first = snapshot.iteration
 
     def _train_or_save(self, iteration: int) -> dict[str, float]:
-        """One iteration; if a reward fails for good, the state before it is saved, so that nothing is lost."""
+        """One iteration; if its rewards fail for good, or a stop ends the waiting, the state before it is saved."""
         before = self._drawn_state()
         try:
             return self._train_once(iteration)
-        except RewardError as error:
+        except (RewardError, StoppedError) as error:
             if error.on_every_rank:
                 self._restore_drawn_state(before)
                 self._save(iteration)
             raise
 
     def _evaluate_or_save(self, iteration: int) -> None:
-        """Evaluate; if a reward fails for good, what is trained so far is saved, and the resumed run evaluates it."""
+        """Evaluate; without its rewards, what is trained so far is saved, and the resumed run evaluates it."""
         try:
             self._evaluate(iteration)
-        except RewardError as error:
+        except (RewardError, StoppedError) as error:
             if error.on_every_rank and iteration > self._first:
                 self._save(iteration)
             raise
@@ -241,8 +248,9 @@ class Trainer:
             scores = collector.scores()
         if too_many := self._scorer.excess(scores) or self._too_few(scores):
             return too_many
-        figures = self._scorer.follow({name: engine.gather(values) for name, values in scores.parts.items()})
         rewards = engine.gather(scores.total)
+        parts = {name: engine.gather(values) for name, values in scores.parts.items()}
+        figures = self._scorer.follow(parts, rewards.isfinite())
         if curriculum.per_rank:
             selection = curriculum.select(scores.total, curriculum.chosen // engine.world_size)
             rows = list(selection.rows)
@@ -304,52 +312,35 @@ class Trainer:
         parts = {name: engine.gather(values) for name, values in scores.parts.items()}
         groups_here = int(rollout.group.max()) + 1
         group = engine.gather(rollout.group + engine.rank * groups_here)
-        level = self._curriculum.observe(scores.total if self._curriculum.per_rank else rewards)
         usable = self._scorer.comparable(parts, group, size)
         here = slice(engine.rank * len(scores.total), (engine.rank + 1) * len(scores.total))
+        kept = usable[here]
         if not bool(usable.any()):
-            return torch.zeros_like(scores.total), usable[here], {}
+            return torch.zeros_like(scores.total), kept, {}
+        level = self._curriculum.observe(scores.total[kept] if self._curriculum.per_rank else rewards[usable])
         local = self._scorer.local_advantages(parts, group, size, self._advantage)
-        everyone = local.clone()
-        everyone[usable] += self._advantage.across(rewards[usable], group[usable], level)
-        present, by_group = rewards[usable], group[usable]
-        metrics = {
-            "reward/mean": float(present.mean()),
-            "reward/std": float(present.std()),
-            "reward/group_std_mean": float(mean_group_std(present, by_group)),
-            "reward/zero_variance_fraction": float(zero_variance_fraction(present, by_group)),
-            "reward/unused_fraction": float((~usable).float().mean()),
-            "curriculum/level": level.mean,
-            "curriculum/level_std": level.std,
-            "advantage/mean": float(everyone[usable].mean()),
-            "advantage/abs_mean": float(everyone[usable].abs().mean()),
-            "advantage/sign_flip_fraction": float((everyone[usable] * local[usable] < 0).float().mean()),
-        }
-        for name, values in parts.items():
-            metrics[f"reward/{name}/mean"] = float(values[values.isfinite()].mean())
-        metrics |= choice.figures or self._scorer.follow(parts)
-        return everyone[here], usable[here], metrics
+        advantages = local[here].clone()
+        if bool(kept.any()):
+            assert level is not None  # it has just followed these samples, or their candidates
+            advantages[kept] += self._advantage.across(scores.total[kept], group[here][kept], level)
+        metrics = sample_figures(rewards, parts, group, usable, local, engine.gather(advantages))
+        if level is not None:
+            metrics |= {"curriculum/level": level.mean, "curriculum/level_std": level.std}
+        metrics |= choice.figures or self._scorer.follow(parts, usable)
+        return advantages, kept, metrics
 
     def _update(
         self, batches: list[Transitions], conditions: Conditions, advantages: Tensor, usable: Tensor, iteration: int
     ) -> dict[str, float]:
         """Visit the transitions of usable samples once per inner epoch, in `updates_per_iteration` optimizer steps."""
-        records: defaultdict[str, list[float]] = defaultdict(list)
+        figures, before = Figures(), self._updates
         per_epoch = self._schedule.updates_per_iteration // self._schedule.inner_epochs
         for epoch in range(self._schedule.inner_epochs):
             generator = torch.Generator().manual_seed(_order_seed(self._schedule.seed, iteration, epoch))
             order = torch.randperm(len(batches), generator=generator)
             for rows in torch.tensor_split(order, per_epoch):
-                self._optimizer_step([batches[row] for row in rows.tolist()], conditions, advantages, usable, records)
-        metrics: dict[str, float] = {}
-        everywhere = self._engine.gather_objects(dict(records))
-        for name in records:
-            values = [value for rank in everywhere for value in rank[name]]
-            if name.endswith("_max"):
-                metrics[name.removesuffix("_max")] = max(values)
-            else:
-                metrics[name] = sum(values) / len(values)
-        return metrics | {"policy/updates": float(self._schedule.updates_per_iteration)}
+                self._optimizer_step([batches[row] for row in rows.tolist()], conditions, advantages, usable, figures)
+        return figures.reduced(self._engine) | {"policy/updates": float(self._updates - before)}
 
     def _optimizer_step(
         self,
@@ -357,40 +348,45 @@ class Trainer:
         conditions: Conditions,
         advantages: Tensor,
         usable: Tensor,
-        records: defaultdict[str, list[float]],
+        figures: Figures,
     ) -> None:
-        """One update with the mean loss over the transitions of usable samples, of all ranks."""
+        """One update with the mean loss over the transitions of usable samples, of all ranks.
+
+        Without any, it is left out on every rank: nothing moves, neither by weight decay nor by the optimizer's past.
+        """
         # Ranks average their gradients, so each divides by its share of the transitions of all.
         here = sum(int(usable[batch.sample].sum()) for batch in batches)
         total = sum(self._engine.gather_objects(here)) / self._engine.world_size
-        first = "policy/grad_norm" not in records
+        if not total:
+            return
+        first, losses = "policy/grad_norm" not in figures, list[float]()
         for number, batch in enumerate(batches):
             kept = batch.of(usable)
             # Nothing usable: the batch still takes part, with weight 0, since other ranks wait for its gradients.
-            weight = len(kept.sample) / total if total else 0.0
+            weight = len(kept.sample) / total
             kept = kept if weight else batch
             rows, own = batch.prompt.to(self._engine.device), advantages[kept.sample].to(self._engine.device)
             with self._engine.micro_step(self._policy.network, last=number == len(batches) - 1):
                 loss = self._objective.loss(self._policy, kept, conditions[rows], own, self._sampler.sigma_max)
                 self._engine.backward(loss.value * weight)
-            for name, figure in loss.metrics.items():
-                records[name].append(float(figure))
-            if first:
-                deviation = float(loss.metrics["policy/ratio_max_deviation_max"])
-                records["policy/first_ratio_deviation_max"].append(deviation)
+            if weight:
+                losses.append(float(loss.value.detach()))
+                figures.add(loss.metrics, len(kept.sample))
+            if weight and first:
+                deviation = loss.metrics["policy/ratio_max_deviation_max"]
+                figures.add({"policy/first_ratio_deviation_max": deviation}, 1.0)
         norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters, self._schedule.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise TrainingError(
-                f"the gradient norm is {float(norm)} (losses {records['policy/loss'][-len(batches) :]}); the weights "
-                "were left as they were. Lower optimizer.lr, or look at the rewards of the last iteration"
+                f"the gradient norm is {float(norm)} (losses {losses}); the weights were left as they were. "
+                "Lower optimizer.lr, or look at the rewards of the last iteration"
             )
-        records["policy/lr"].append(self._optimizer.param_groups[0]["lr"])
+        figures.add({"policy/lr": self._optimizer.param_groups[0]["lr"], "policy/grad_norm": norm}, 1.0)
         self._optimizer.step()
         self._rates.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._policy.average.update(self._updates)
         self._updates += 1
-        records["policy/grad_norm"].append(float(norm))
 
     def _log_choice(self, candidates: Prompts, choice: "_Choice", iteration: int) -> dict[str, float]:
         """Log every candidate with its score; return figures about the choice."""
@@ -416,9 +412,9 @@ class Trainer:
             "curriculum/chosen_distance": float((picked - level).abs().mean()),
         }
 
-    def _asked(self, stop: StopRequest) -> bool:
+    def _asked(self) -> bool:
         """Whether any process was asked to stop: all of them leave the loop together."""
-        return any(self._engine.gather_objects(stop.requested))
+        return any(self._engine.gather_objects(self._stop.requested))
 
     def _evaluation_due(self, iteration: int) -> bool:
         return iteration in (0, self._schedule.iterations) or _due(iteration, self._schedule.evaluate_every)
@@ -431,8 +427,9 @@ class Trainer:
 
     def _evaluate(self, iteration: int) -> None:
         evaluation = self._evaluator.evaluate(self._policy)
+        traffic = self._scorer.drain(evaluation=True)
         if self._tracker:
-            self._tracker.log(evaluation.metrics(), iteration)
+            self._tracker.log(evaluation.metrics() | traffic, iteration)
             captions = list(evaluation.prompts.texts[: len(evaluation.grid)])
             self._tracker.log_images("heldout", evaluation.grid, captions, iteration)
             evaluation.save(self._scores_file(iteration))  # last: where it lies, the evaluation was recorded

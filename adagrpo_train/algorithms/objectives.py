@@ -42,7 +42,7 @@ class ClippedRatio:
     def loss(
         self, policy: Policy, batch: Transitions, conditions: Conditions, advantages: Tensor, sigma_max: float
     ) -> Loss:
-        """Mean loss of one network batch.
+        """Mean loss over the transitions of one network batch; states without a transition count nowhere.
 
         Args:
             conditions: R rows, those of batch.x.
@@ -60,7 +60,7 @@ class ClippedRatio:
         }
         if self.kl_weight > 0:
             reference = self._step(policy.reference_velocity(batch.x, batch.sigma, conditions), batch, sigma_max)
-            kl = self._kl(step, reference.mean, batch).mean()
+            kl = self._kl(step, reference.mean, batch)[batch.state].mean()
             value, metrics["policy/kl"] = value + self.kl_weight * kl, kl.detach()
         return Loss(value, {"policy/loss": value.detach(), **metrics})
 

@@ -27,6 +27,7 @@ class LevelTracker:
         return None if self._moments is None else Level(self._moments.mean, self._moments.std)
 
     def update(self, rewards: Tensor) -> Level:
+        """Follow the rewards [N], at least one, all of them present."""
         self._moments = ema_moments(self._moments, batch_moments(rewards), alpha=self._alpha)
         return Level(self._moments.mean, self._moments.std)
 

@@ -57,12 +57,9 @@ class ScoredCurriculum(ABC):
     def pick(self, rewards: Tensor, level: Level, count: int) -> list[int]:
         """The `count` rows of the chosen candidates, best first."""
 
-    def observe(self, rewards: Tensor) -> Level:
+    def observe(self, rewards: Tensor) -> Level | None:
         """The level, unchanged: it follows noise-free candidates only, not the stochastic training samples."""
-        level = self._tracker.level
-        if level is None:
-            raise ValueError("observe() before select()")
-        return level
+        return self._tracker.level
 
     def state_dict(self) -> dict[str, Any]:
         return self._tracker.state_dict()

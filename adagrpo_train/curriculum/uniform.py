@@ -29,9 +29,9 @@ class Uniform:
     def select(self, rewards: Tensor | None, count: int) -> Selection:
         return Selection(tuple(range(count)), self._tracker.level)
 
-    def observe(self, rewards: Tensor) -> Level:
-        """Update the level with the rewards of the training samples, NaN where missing, and return it."""
-        return self._tracker.update(rewards[rewards.isfinite()])
+    def observe(self, rewards: Tensor) -> Level | None:
+        """Update the level with the usable rewards of the training samples; None before the first one."""
+        return self._tracker.update(rewards) if len(rewards) else self._tracker.level
 
     def state_dict(self) -> dict[str, Any]:
         return self._tracker.state_dict()

@@ -23,6 +23,11 @@ class Moments:
         """sqrt(max(var, 1e-8)), reward units: never 0 (Bujiazi/GRPO-Series@c4028f9, train.py)."""
         return math.sqrt(max(self.var, _SMALLEST_VARIANCE))
 
+    @property
+    def flat(self) -> bool:
+        """Whether `std` is that floor, which says nothing about the rewards."""
+        return self.var < _SMALLEST_VARIANCE
+
 
 def batch_moments(scores: Float[Tensor, " candidates"]) -> Moments:
     """Mean and population variance of scores, summed in float64.

@@ -29,7 +29,8 @@ class Rewards:
 
     Raises:
         ConfigError: an unknown plug-in, a setting it does not have, or a token file that cannot be used.
-        RewardError: a reward does not get ready in time. Both on every rank, whichever it happened on.
+        RewardError: a reward does not get ready in time, or is not the same for all processes. All on every rank,
+            whichever it happened on.
     """
 
     def __init__(self, entries: Sequence[RewardEntry], *, engine: Engine, log_dir: Path) -> None:
@@ -41,6 +42,7 @@ class Rewards:
             self.sources = engine.together(
                 lambda: [Source(entry, self._connect(entry, endpoints)) for entry in entries]
             )
+            self._check_equal_everywhere()
         except BaseException:
             self.close()
             raise
@@ -48,6 +50,20 @@ class Rewards:
     def close(self) -> None:
         """End clients, then the servers that were started for them."""
         self._stack.close()
+
+    def _check_equal_everywhere(self) -> None:
+        """Samples of all processes are compared with each other, so one reward must have scored them all."""
+        own = {source.entry.name: source.client.fingerprint for source in self.sources}
+        everyone = self._engine.gather_objects(own)
+        for rank, others in enumerate(everyone):
+            for name, fingerprint in everyone[0].items():
+                if others[name] != fingerprint:
+                    error = RewardError(
+                        f"reward {name} is {fingerprint} for process 0 and {others[name]} for process {rank}; give all "
+                        "nodes the same weights and library versions, or serve it in one place"
+                    )
+                    error.on_every_rank = True
+                    raise error
 
     def _start(self, entries: Sequence[RewardEntry]) -> Endpoints:
         from rewards.client.supervisor import LocalServers

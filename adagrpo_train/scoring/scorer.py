@@ -1,6 +1,7 @@
 """Ask every reward for its scores, and let nothing through that is not a score."""
 
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,18 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adagrpo_train.errors import ConfigError, RewardError
+from adagrpo_train.errors import AdaGRPOError, ConfigError, RewardError, StoppedError
 from adagrpo_train.functional.combination import comparable, weighted_advantages, weighted_sum
 from adagrpo_train.functional.moments import Moments, batch_moments, ema_moments
 from adagrpo_train.interfaces import Advantage
 from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.runtime.stopping import StopRequest
 from adagrpo_train.scoring.entry import RewardEntry
 from adagrpo_train.types import Images, Scores
 from rewards.client.batch import RewardBatch, RewardClient, RewardUnavailableError
 from rewards.contract import Sample
 
 _log = logging.getLogger(__name__)
-_HEARTBEAT_SECONDS = 20.0  # well below the time-out of a process group
+_HEARTBEAT_SECONDS = 5.0  # well below the time-out of a process group, and what a launcher leaves for stopping
+_PAUSE_SECONDS = 0.2  # before asking again one that says it is ready and then does not answer
+_SILENT_SECONDS = 60.0  # between two lines about the same waiting
+_RESERVED = ("total", "prompt", "class")
+"""Columns of an evaluation that no part may be called."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Source:
 class Scorer:
     """Several rewards as one: named parts, their weighted total, and what to do about missing scores.
 
-    A part is called after its metric, or `reward.metric` where two rewards have a metric of that name.
+    A part is called after its metric, or `reward.metric` where two rewards have a metric of that name. Rewards for
+    evaluation never rename a part that trains: what a checkpoint says of parts holds whatever else is evaluated.
 
     Args:
         sources: at least one that trains.
@@ -47,6 +54,7 @@ class Scorer:
             itself and weights the advantages.
         alpha: share of the past kept in the level of each part, in [0, 1).
         engine: ranks decide together, so that none waits for another that has given up.
+        stop: whether the run was asked to stop, which ends the waiting for a reward.
 
     Raises:
         ConfigError: a setting out of range, a weight of a metric that a reward does not have, or nothing to train on.
@@ -60,6 +68,7 @@ class Scorer:
         level: Literal["reward", "advantage"],
         alpha: float,
         engine: Engine,
+        stop: StopRequest,
     ) -> None:
         if scale not in ("raw", "calibrated"):
             raise ConfigError(f"scoring.scale={scale}: choose raw or calibrated")
@@ -67,7 +76,7 @@ class Scorer:
             raise ConfigError(f"scoring.level={level}: choose reward or advantage")
         if not any(source.entry.trains for source in sources):
             raise ConfigError("reward: nothing to train on; choose at least one with role=train")
-        self._sources, self._engine = tuple(sources), engine
+        self._sources, self._engine, self._stop = tuple(sources), engine, stop
         self._calibrates, self._level, self._alpha = scale == "calibrated", level, alpha
         self._names = _part_names(sources)
         self._weights = self._checked_weights()
@@ -104,17 +113,31 @@ class Scorer:
         return weighted_sum(parts, self._required, scales=self._calibration)
 
     def calibrate(self, parts: Mapping[str, Tensor]) -> None:
-        """Fix the scale of every weighted part by the first evaluation; later calls change nothing.
+        """Fix the scale of every part of the total by the first evaluation; later calls change nothing.
+
+        Args:
+            parts: name -> [images] of all ranks, NaN where missing.
 
         Raises:
-            RewardError: a reward gives all images the same score.
+            RewardError: on every rank, if a part has too little spread, or too few scores, to give it a scale.
         """
         if not self._calibrates or self._calibration is not None:
             return
-        calibration = {name: batch_moments(parts[name][parts[name].isfinite()]) for name in self._weights}
-        flat = sorted(name for name, moments in calibration.items() if moments.var == 0)
-        if flat:
-            raise RewardError(f"scoring.scale=calibrated: all held-out images have the same score in {flat}")
+        calibration: dict[str, Moments] = {}
+        for name in self._required:
+            present = parts[name][parts[name].isfinite()]
+            if 2 * len(present) < max(4, len(parts[name])):
+                raise _everywhere(
+                    f"scoring.scale=calibrated: only {len(present)} of {len(parts[name])} held-out images have a score "
+                    f"in {name}; raise evaluation.images, see to the reward, or set scoring.scale=raw"
+                )
+            calibration[name] = batch_moments(present)
+            if calibration[name].flat:
+                raise _everywhere(
+                    f"scoring.scale=calibrated: all held-out images have the same score in {name} "
+                    f"({calibration[name].mean:.4g}); choose other prompts.evaluation_path or more evaluation.images, "
+                    "or set scoring.scale=raw"
+                )
         self._calibration = calibration
 
     def comparable(self, parts: Mapping[str, Tensor], group: Tensor, group_size: int) -> Tensor:
@@ -135,11 +158,11 @@ class Scorer:
             {"total": total}, {"total": 1.0}, group, group_size=group_size, advantage=advantage.local
         )
 
-    def follow(self, parts: Mapping[str, Tensor]) -> dict[str, float]:
-        """Move the level of every part by samples of all ranks; figures for the log."""
+    def follow(self, parts: Mapping[str, Tensor], usable: Tensor) -> dict[str, float]:
+        """Move the level of every part by the usable ones [N] of the samples of all ranks; figures for the log."""
         metrics = {}
         for name, values in parts.items():
-            present = values[values.isfinite()]
+            present = values[usable & values.isfinite()]
             if len(present):
                 self._levels[name] = ema_moments(self._levels.get(name), batch_moments(present), alpha=self._alpha)
             if name in self._levels:
@@ -159,11 +182,15 @@ class Scorer:
                 )
         return "; ".join(faults)
 
-    def drain(self) -> dict[str, float]:
-        """Figures about the traffic with each reward since the last call: sums of counts, greatest latencies."""
-        counts = {f"reward/{key}": sum(values) for key, values in self._figures.items() if "latency" not in key}
+    def drain(self, *, evaluation: bool = False) -> dict[str, float]:
+        """Figures about the traffic with each reward since the last call: sums of counts, greatest latencies.
+
+        Called after each iteration and after each evaluation, so that neither shows what the other caused.
+        """
+        group, mark = ("eval/reward", "eval_") if evaluation else ("reward", "")
+        counts = {f"{group}/{key}": sum(values) for key, values in self._figures.items() if "latency" not in key}
         slowest = {
-            f"time/reward_{key.replace('/', '_')}_seconds": max(values)
+            f"time/{mark}reward_{key.replace('/', '_')}_seconds": max(values)
             for key, values in self._figures.items()
             if "latency" in key
         }
@@ -236,29 +263,32 @@ class Collector:
             if source.client.info.groupwise:
                 self._waiting[source.entry.name].append(source.client.submit(self._samples))
         results = {source.entry.name: self._outcome(source) for source in self._sources}
-        gone = self._decide(results)
+        self._decide(results)
         columns: dict[str, Tensor] = {}
         counts = {}
         reasons = []
         for source in self._sources:
-            name, batches = source.entry.name, results[source.entry.name]
-            for metric in source.client.info.metrics:
-                values = _column(batches, metric, len(self._samples)) if name not in gone else _nothing(self._samples)
-                columns[self._scorer._names[name, metric]] = values
-            own = torch.stack([columns[self._scorer._names[name, m]] for m in source.client.info.metrics])
-            counts[name] = int((~own.isfinite()).any(0).sum())
-            if isinstance(batches, list):
-                reasons += [f"{name}: {reason}" for batch in batches for reason in batch.reasons if reason]
+            name, answer = source.entry.name, results[source.entry.name]
+            # One that is done without has no score for any image.
+            own = answer.columns if isinstance(answer, _Answer) else self._nothing(source)
+            columns |= {self._scorer._names[name, metric]: values for metric, values in own.items()}
+            counts[name] = int((~torch.stack(list(own.values())).isfinite()).any(0).sum())
+            if isinstance(answer, _Answer) and answer.reason:
+                reasons.append(f"{name}: {answer.reason}")
         everywhere = self._scorer._engine.gather_objects((counts, len(self._samples), reasons[:1]))
         images = sum(count for _, count, _ in everywhere)
-        missing = {name: sum(own[name] for own, _, _ in everywhere) / max(images, 1) for name in counts}
-        for name, fraction in missing.items():
-            self._scorer._figures[f"{name}/missing"].append(fraction * images)
+        totals = {name: sum(own[name] for own, _, _ in everywhere) for name in counts}
         reason = next((reason for _, _, own in everywhere for reason in own), "")
         for source in self._sources:
-            if missing[source.entry.name] == 1 and source.entry.trains and source.entry.required:
-                raise _everywhere(f"reward {source.entry.name}: none of {images} images got a score; {reason}")
+            name = source.entry.name
+            self._scorer._figures[f"{name}/missing"].append(totals[name])
+            if totals[name] == images and source.entry.trains and source.entry.required:
+                raise _everywhere(f"reward {name}: none of {images} images got a score; {reason}")
+        missing = {name: count / max(images, 1) for name, count in totals.items()}
         return Scores(self._total(columns), columns, missing, reason)
+
+    def _nothing(self, source: Source) -> dict[str, Tensor]:
+        return {metric: torch.full((len(self._samples),), torch.nan) for metric in source.client.info.metrics}
 
     def _total(self, columns: dict[str, Tensor]) -> Tensor:
         scorer = self._scorer
@@ -266,21 +296,26 @@ class Collector:
             return torch.full((len(self._samples),), torch.nan)
         return scorer.total(columns)
 
-    def _outcome(self, source: Source) -> list[RewardBatch] | Exception:
+    def _outcome(self, source: Source) -> "_Answer | Exception":
         try:
             batches = [future.result() for future in self._waiting[source.entry.name]]
+            answer = _answer(batches, source.client.info.metrics, len(self._samples))
         except Exception as error:  # noqa: BLE001 - raised again by _decide, on every rank at once
             return error
         for batch in batches:
             for name, value in batch.stats.items():
                 self._scorer._figures[f"{source.entry.name}/{name}"].append(value)
-        return batches
+        return answer
 
-    def _decide(self, results: dict[str, list[RewardBatch] | Exception]) -> set[str]:
-        """Wait for, give up or do without the rewards that failed as a whole. Returns those to do without."""
-        gone: set[str] = set()
+    def _decide(self, results: dict[str, "_Answer | Exception"]) -> None:
+        """Wait for the rewards that failed as a whole, give up, or see that they can be done without.
+
+        Raises:
+            RewardError: a reward is given up.
+            StoppedError: the run was asked to stop while it waited. Both on every rank.
+        """
         for source in self._sources:
-            entry, began = source.entry, time.monotonic()
+            entry, began, told = source.entry, time.monotonic(), -math.inf
             while True:
                 outcome = results[entry.name]
                 failure = outcome if isinstance(outcome, Exception) else None
@@ -294,22 +329,26 @@ class Collector:
                 if any(final for _, final in faults):
                     raise _everywhere(f"reward {entry.name}: {text}")
                 if entry.on_unavailable == "wait" and waited < entry.wait_seconds:
-                    _log.warning("reward %s: %s; waiting for it (%.0f s so far)", entry.name, text, waited)
+                    if waited - told >= _SILENT_SECONDS:
+                        _log.warning("reward %s: %s; waiting for it (%.0f s so far)", entry.name, text, waited)
+                        told = waited
+                    if any(self._scorer._engine.gather_objects(self._scorer._stop.requested)):
+                        raise _everywhere(f"asked to stop while waiting for reward {entry.name}", StoppedError)
                     if failure is not None:
                         results[entry.name] = self._again(source)
                     continue
                 if not entry.required or not entry.trains:
                     _log.warning("reward %s: %s; going on without it", entry.name, text)
-                    gone.add(entry.name)
+                    results[entry.name] = failure or RewardUnavailableError(text)
                     break
                 raise _everywhere(
                     f"reward {entry.name}: {text}. Nobody answers; see to its servers and resume, or set "
                     f"reward.{entry.name}.on_unavailable=wait"
                 )
-        return gone
 
-    def _again(self, source: Source) -> list[RewardBatch] | Exception:
+    def _again(self, source: Source) -> "_Answer | Exception":
         """Submit everything once more when the reward is back; after a heartbeat ranks speak to each other again."""
+        time.sleep(_PAUSE_SECONDS)
         try:
             source.client.wait_ready(_HEARTBEAT_SECONDS)
         except Exception as error:  # noqa: BLE001 - raised again by _decide, on every rank at once
@@ -318,29 +357,41 @@ class Collector:
         return self._outcome(source)
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What a reward says about the samples of this rank."""
+
+    columns: dict[str, Tensor]  # metric -> [N] float32, NaN where missing
+    reason: str  # why the first missing score is missing, "" if none is
+
+
+def _answer(batches: list[RewardBatch], metrics: Sequence[str], count: int) -> _Answer:
+    columns = {}
+    for metric in metrics:
+        values = np.concatenate([batch.scores[metric] for batch in batches]) if batches else np.empty(0)
+        if len(values) != count:
+            raise RewardError(f"{len(values)} scores for {count} images")
+        columns[metric] = torch.from_numpy(values.astype(np.float32))
+    return _Answer(columns, next((reason for batch in batches for reason in batch.reasons if reason), ""))
+
+
 def _part_names(sources: Sequence[Source]) -> dict[tuple[str, str], str]:
-    pairs = [(source.entry.name, metric) for source in sources for metric in source.client.info.metrics]
-    metrics = [metric for _, metric in pairs]
-    return {(name, m): m if metrics.count(m) == 1 else f"{name}.{m}" for name, m in pairs}
-
-
-def _column(batches: list[RewardBatch] | Exception, metric: str, count: int) -> Tensor:
-    assert isinstance(batches, list)
-    values = np.concatenate([batch.scores[metric] for batch in batches]) if batches else np.empty(0)
-    if len(values) != count:
-        raise RewardError(f"{len(values)} scores for {count} images")
-    return torch.from_numpy(values.astype(np.float32))
-
-
-def _nothing(samples: list[Sample]) -> Tensor:
-    return torch.full((len(samples),), torch.nan)
+    everyone = [metric for source in sources for metric in source.client.info.metrics]
+    training = [metric for source in sources if source.entry.trains for metric in source.client.info.metrics]
+    names = {}
+    for source in sources:
+        rivals = training if source.entry.trains else everyone
+        for metric in source.client.info.metrics:
+            alone = rivals.count(metric) == 1 and metric not in _RESERVED
+            names[source.entry.name, metric] = metric if alone else f"{source.entry.name}.{metric}"
+    return names
 
 
 def _text(failure: BaseException | None) -> str:
     return "" if failure is None else f"{failure}" or type(failure).__name__
 
 
-def _everywhere(message: str) -> RewardError:
-    error = RewardError(message)
+def _everywhere(message: str, kind: type[AdaGRPOError] = RewardError) -> AdaGRPOError:
+    error = kind(message)
     error.on_every_rank = True
     return error

@@ -9,6 +9,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from adagrpo_train.tracking.records import missing_scores
 from adagrpo_train.types import RunInfo, SelectedPrompt
 
 _FIGURES = (
@@ -58,12 +59,12 @@ class ConsoleTracker:
         self._task = self._progress.add_task("", total=run.total_iterations, completed=run.first_iteration)
 
     def log(self, metrics: dict[str, float], iteration: int) -> None:
-        if "reward/mean" not in metrics:
+        if any(name.startswith("eval/") for name in metrics):
             self._show_evaluation(metrics, iteration)
             return
-        text = _summary(metrics)
+        text, skipped = _summary(metrics), "reward/skipped" in metrics
         self._progress.update(self._task, completed=iteration, description=text)
-        due = iteration % self._every == 0 or iteration in (self._first + 1, self._total)
+        due = iteration % self._every == 0 or iteration in (self._first + 1, self._total) or skipped
         if not self._console.is_terminal and due:
             self._console.print(f"{iteration:>5}/{self._total}  {text}{self._time_left()}", markup=False)
 
@@ -84,6 +85,7 @@ class ConsoleTracker:
     def _show_evaluation(self, metrics: dict[str, float], iteration: int) -> None:
         means = {name: value for name, value in metrics.items() if name.count("/") == 1}
         parts = [f"{name.split('/')[1]} {value:.3f}{self._change(name, value)}" for name, value in means.items()]
+        parts += _missing(metrics, evaluation=True)
         self._console.print(f"held-out at {iteration:>4}: {'  '.join(parts)}", markup=False)
         self._baseline = self._baseline or means
 
@@ -106,8 +108,16 @@ class _Progress(Progress):
 
 def _summary(metrics: dict[str, float]) -> str:
     """The figures that are there, in one line."""
-    parts = [f"{label} {metrics[name]:{form}}" for label, name, form in _FIGURES if name in metrics]
+    parts = ["skipped"] if "reward/skipped" in metrics else []
+    parts += [f"{label} {metrics[name]:{form}}" for label, name, form in _FIGURES if name in metrics]
+    parts += _missing(metrics)
     stages = [metrics[name] for name in (f"time/{stage}_seconds" for stage in _STAGES) if name in metrics]
     if "time/iteration_seconds" in metrics:
         parts.append(f"{'+'.join(f'{seconds:.1f}' for seconds in stages)}={metrics['time/iteration_seconds']:.1f} s")
     return "  ".join(parts)
+
+
+def _missing(metrics: dict[str, float], *, evaluation: bool = False) -> list[str]:
+    """A note about scores that are missing, if any is."""
+    counts = missing_scores(metrics, evaluation=evaluation)
+    return [f"missing {', '.join(f'{count} of {name}' for name, count in counts.items())}"] if counts else []

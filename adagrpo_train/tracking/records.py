@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ def keep_until(path: Path, iteration: int) -> None:
     draft = path.with_suffix(".draft")
     draft.write_bytes(b"".join(kept))
     os.replace(draft, path)
+
+
+def missing_scores(row: Mapping[str, Any], *, evaluation: bool = False) -> dict[str, int]:
+    """How many scores each reward failed to give in an iteration, or in an evaluation; without those that gave all."""
+    before, after = ("eval/reward/" if evaluation else "reward/"), "/missing"
+    return {
+        name.removeprefix(before).removesuffix(after): round(value)
+        for name, value in row.items()
+        if name.startswith(before) and name.endswith(after) and value
+    }
 
 
 def _parsed(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

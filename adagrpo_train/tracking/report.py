@@ -20,7 +20,7 @@ from PIL import Image
 from adagrpo_train.runtime.files import write_whole
 from adagrpo_train.tracking.chart import HALF, SMALL, Line, legend, line_chart, share_chart
 from adagrpo_train.tracking.images import Cell, read_cells
-from adagrpo_train.tracking.records import read_rows
+from adagrpo_train.tracking.records import missing_scores, read_rows
 
 Row = dict[str, Any]
 
@@ -55,11 +55,14 @@ def write_report(run_dir: Path) -> Path:
     page = environment.get_template("report.html.j2").render(
         name=run_dir.name,
         iterations=len(training),
+        skipped=[row["iteration"] for row in metrics if row.get("reward/skipped")],
         seconds=sum(row.get("time/iteration_seconds") or 0.0 for row in training),
         finished=bool(summary),
         images=summary.get("images"),
         scores=_scores(summary, evaluations),
         reward_chart=Markup(_reward_chart(training, evaluations)),
+        part_charts=Markup(_part_charts(training, evaluations)),
+        missing=_missing(metrics),
         gallery=_gallery(sorted((run_dir / "images").glob("heldout_*.png"))),
         evaluation_chart=Markup(_evaluation_chart(evaluations)),
         classes=_class_table(evaluations),
@@ -99,6 +102,30 @@ def _reward_chart(training: list[Row], evaluations: list[Row]) -> str:
         Line("held-out reward", _points(evaluations, "eval/total"), "marked"),
     ]
     return line_chart(lines, title="Reward over the run")
+
+
+def _part_charts(training: list[Row], evaluations: list[Row]) -> str:
+    """A small chart of each part of the reward: its mean over the samples, its level, and its held-out mean."""
+    names = {key for row in training for key in row if key.startswith("reward/") and key.endswith("/mean")}
+    charts = []
+    for name in sorted(name.removeprefix("reward/").removesuffix("/mean") for name in names if name.count("/") == 2):
+        lines = [
+            Line("training", _points(training, f"reward/{name}/mean"), "faint"),
+            Line("level (EMA)", _points(training, f"reward/{name}/level")),
+            Line("held-out", _points(evaluations, f"eval/{name}"), "marked"),
+        ]
+        charts.append(_figure(name, line_chart(lines, title=f"Part {name} of the reward", sizes=[SMALL])))
+    return "".join(charts)
+
+
+def _missing(metrics: list[Row]) -> list[Row]:
+    """Rewards whose scores were missing: how many, in training and in evaluations."""
+    training, evaluations = Counter[str](), Counter[str]()
+    for row in metrics:
+        training.update(missing_scores(row))
+        evaluations.update(missing_scores(row, evaluation=True))
+    names = sorted(training.keys() | evaluations.keys())
+    return [{"name": name, "training": training[name], "evaluations": evaluations[name]} for name in names]
 
 
 def _evaluation_chart(evaluations: list[Row]) -> str:
