@@ -33,14 +33,18 @@ def test_the_level_used_for_the_choice_already_contains_this_batch() -> None:
 def test_training_samples_do_not_move_the_level_of_a_scored_curriculum() -> None:
     curriculum = made(Boundary)
     curriculum.select(SCORES, 2)
-    assert curriculum.observe(torch.full((8,), 99.0)).mean == pytest.approx(6.0)
+    level = curriculum.observe(torch.full((8,), 99.0))
+    assert level and level.mean == pytest.approx(6.0)
 
 
 def test_the_level_of_uniform_follows_its_training_samples() -> None:
     curriculum = Uniform(chosen=2, alpha=0.5, per_rank=False)
     assert curriculum.select(None, 2).level is None
+    assert curriculum.observe(torch.tensor([])) is None
     curriculum.observe(torch.tensor([1.0, 3.0]))
-    assert curriculum.observe(torch.tensor([4.0, 4.0])).mean == pytest.approx(3.0)
+    level = curriculum.observe(torch.tensor([4.0, 4.0]))
+    assert level and level.mean == pytest.approx(3.0)
+    assert curriculum.observe(torch.tensor([])) == level  # of a rank without a usable sample
 
 
 def test_a_restored_curriculum_goes_on_from_its_level() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adagrpo_train.algorithms.advantages import Group
-from adagrpo_train.errors import ConfigError, RewardError
+from adagrpo_train.errors import ConfigError, RewardError, StoppedError
 from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.stopping import StopRequest
 from adagrpo_train.scoring.entry import RewardEntry
@@ -115,6 +115,32 @@ def test_metrics_of_one_name_are_told_apart_by_their_rewards() -> None:
     assert scores.total.tolist() == [8.0]
 
 
+def test_a_reward_for_evaluation_renames_no_part_that_trains() -> None:
+    """A checkpoint knows levels and calibration by these names."""
+    held_out = entry("other", {}, role="evaluation")
+    more = scorer((held_out, Table("other", {"x": {"a": 7.0, "d": 1.0}})), (entry("first"), A))
+    scores = more.score(images("x"), ["x"], evaluation=True)
+    assert {name: float(values) for name, values in scores.parts.items()} == {"a": 1, "b": 10, "other.a": 7, "d": 1}
+    assert scores.total.tolist() == [1.0]
+
+
+def test_a_metric_called_like_the_total_does_not_take_its_place() -> None:
+    one = scorer((entry("first", {"a": 2.0}), Table("first", {"x": {"a": 1.0, "total": 50.0, "prompt": 3.0}})))
+    assert set(one.score(images("x"), ["x"]).parts) == {"a", "first.total", "first.prompt"}
+
+
+def test_what_an_evaluation_cost_is_not_mixed_into_the_iteration_after_it() -> None:
+    one = scorer((entry("first", max_bad_fraction=0.5), A))
+    one.score(images("xz"), ["x", "z"], evaluation=True)
+    held_out = one.drain(evaluation=True)
+    assert held_out["eval/reward/first/missing"] == 1
+    assert held_out["time/eval_reward_first_latency_seconds"] >= 0
+    one.score(images("x"), ["x"])
+    training = one.drain()
+    assert training["reward/first/missing"] == 0
+    assert {name for name in training if "eval" in name} == set()
+
+
 def test_a_score_that_is_missing_is_nan_with_its_reason_and_never_zero() -> None:
     one = scorer((entry("first", max_bad_fraction=0.5), A))
     scores = one.score(images("xzy"), ["x", "z", "y"])
@@ -163,6 +189,28 @@ def test_calibrated_scores_count_in_deviations_of_the_first_evaluation() -> None
     again = scorer((entry("first", {"a": 1.0}), A), (entry("second", {"c": 0.5}), C), scale="calibrated")
     again.load_state_dict(both.state_dict())
     assert again.total(parts).tolist() == pytest.approx([-0.5, 0.5])
+
+
+def test_a_part_that_the_total_can_do_without_needs_no_calibration() -> None:
+    pairs = [(entry("first"), A), (entry("second", {"c": 1.0}, required=False), C)]
+    optional = scorer(*pairs, scale="calibrated", level="advantage")
+    parts = {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(2), "c": torch.full((2,), NAN)}
+    optional.calibrate(parts)
+    assert optional.total(parts).tolist() == pytest.approx([-1.0, 1.0])
+
+
+def test_too_few_scores_cannot_be_calibrated() -> None:
+    one = scorer((entry("first"), A), scale="calibrated")
+    with pytest.raises(RewardError, match=r"only 2 of 5 held-out images have a score in a; .*scale=raw") as caught:
+        one.calibrate({"a": torch.tensor([1.0, 2.0, NAN, NAN, NAN]), "b": torch.zeros(5)})
+    assert caught.value.on_every_rank
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6])  # what the floor of a standard deviation would hide
+def test_a_spread_within_rounding_is_none(spread: float) -> None:
+    one = scorer((entry("first"), A), scale="calibrated")
+    with pytest.raises(RewardError, match=r"same score in a \(0\.3\).*evaluation\.images.*scale=raw"):
+        one.calibrate({"a": torch.tensor([0.3, 0.3, 0.3 + spread]), "b": torch.zeros(3)})
 
 
 def test_a_reward_without_spread_cannot_be_calibrated() -> None:
@@ -242,6 +290,31 @@ def test_what_waiting_cannot_mend_on_another_rank_stops_this_one_too() -> None:
     assert caught.value.on_every_rank
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_a_stop_ends_the_waiting_for_a_reward_on_all_ranks(other: bool) -> None:
+    """Whichever of them was asked: here this one, or another one that has its scores and only follows."""
+    stop = StopRequest()
+    stop.requested = not other
+    engine = TwoRanks([("", False), other])
+    source = Source(entry("first", on_unavailable="wait"), Absent(A, times=10**9))
+    one = Scorer([source], scale="raw", level="reward", alpha=0.5, engine=engine, stop=stop)
+    with pytest.raises(StoppedError, match="waiting for reward first") as caught:
+        one.score(images("x"), ["x"])
+    assert caught.value.on_every_rank
+
+
+def test_an_optional_reward_that_another_rank_lost_is_done_without_on_this_one_too() -> None:
+    engine = TwoRanks([("", False), ("nobody there", False), ({"first": 0, "second": 2}, 2, [])])
+    sources = [
+        Source(entry("first"), InprocClient(A, device="cpu")),
+        Source(entry("second", {"c": 1.0}, required=False), InprocClient(C, device="cpu")),
+    ]
+    both = Scorer(sources, scale="raw", level="advantage", alpha=0.5, engine=engine, stop=StopRequest())
+    scores = both.score(images("xy"), ["x", "y"])
+    assert scores.parts["c"].isnan().all()
+    assert scores.missing == {"first": 0.0, "second": 1.0}
+
+
 def test_an_optional_reward_that_is_missing_leaves_the_judgement_to_the_others() -> None:
     group = torch.tensor([0, 0, 0, 0])
     pairs = [(entry("first", {"a": 1.0}), A), (entry("second", {"c": 1.0}, required=False), C)]
@@ -252,14 +325,16 @@ def test_an_optional_reward_that_is_missing_leaves_the_judgement_to_the_others()
     assert torch.allclose(optional.local_advantages(parts, group, 4, GROUP), expected)
 
 
-def test_levels_follow_each_part_over_what_is_there() -> None:
+def test_levels_follow_each_part_over_the_usable_scores_that_are_there() -> None:
     one = scorer((entry("first"), A))
-    first = one.follow({"a": torch.tensor([1.0, NAN, 3.0]), "b": torch.full((3,), NAN)})
+    usable = torch.tensor([True, True, True, False])  # the last one lacks another reward
+    first = one.follow({"a": torch.tensor([1.0, NAN, 3.0, 99.0]), "b": torch.tensor([NAN, NAN, NAN, 7.0])}, usable)
     assert first == {"reward/a/level": 2.0}
-    assert one.follow({"a": torch.tensor([4.0])})["reward/a/level"] == 3.0
+    single = torch.tensor([True])
+    assert one.follow({"a": torch.tensor([4.0])}, single)["reward/a/level"] == 3.0
     again = scorer((entry("first"), A))
     again.load_state_dict(one.state_dict())
-    assert again.follow({"a": torch.tensor([5.0])})["reward/a/level"] == 4.0
+    assert again.follow({"a": torch.tensor([5.0])}, single)["reward/a/level"] == 4.0
 
 
 def test_a_run_stops_when_nobody_answers() -> None:
