@@ -171,6 +171,36 @@ def test_the_console_is_content_with_the_figures_there_are_and_writes_every_nth(
     assert [int(line.split("/")[0]) for line in shown] == [16, 20, 30, 40]
 
 
+def test_the_console_shows_skipped_iterations_and_missing_scores() -> None:
+    output = StringIO()
+    tracker = ConsoleTracker(console=Console(file=output, width=120), plain_every=10)
+    tracker.start(run_info(Path("runs/x")))
+    tracker.log({"eval/total": 0.25, "eval/reward/clip/missing": 2.0}, 0)
+    tracker.log({"reward/mean": 0.5, "reward/clip/missing": 3.0, "reward/shapes/missing": 0.0}, 1)
+    tracker.log({"reward/skipped": 1.0, "reward/clip/missing": 8.0}, 7)
+    shown = output.getvalue().splitlines()[1:]
+    assert [line.strip() for line in shown] == [
+        "held-out at    0: total 0.250  missing 2 of clip",
+        "1/40  reward 0.500  missing 3 of clip",
+        "7/40  skipped  missing 8 of clip",
+    ]
+
+
+def test_a_report_shows_every_part_and_what_is_missing(tmp_path: Path) -> None:
+    tracker = JsonlTracker()
+    tracker.start(run_info(tmp_path))
+    tracker.log({"eval/total": 0.1, "eval/x.a": 0.4, "eval/reward/x/missing": 2.0}, 0)
+    for iteration in (1, 2):
+        part = {"reward/x.a/mean": iteration / 4, "reward/x.a/level": 0.125}
+        tracker.log({"reward/mean": 0.5, "reward/x/missing": 1.0, **part}, iteration)
+    tracker.log({"reward/skipped": 1.0, "reward/x/missing": 5.0}, 3)
+    page = write_report(tmp_path).read_text()
+    assert "Part x.a of the reward. training: 0.25 at iteration 1, 0.5 at iteration 2; level (EMA): 0.125" in page
+    assert "held-out: 0.4 at iteration 0" in page
+    assert "2 training iterations" in page and "1 skipped for want of scores (3)" in page
+    assert "Missing scores of x: 7 in training, 2 in evaluations." in page
+
+
 def test_a_terminal_shows_a_bar_and_the_figures_within_80_columns() -> None:
     output = StringIO()
     tracker = ConsoleTracker(console=Console(file=output, width=80, force_terminal=True, color_system=None))
