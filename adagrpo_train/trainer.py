@@ -19,8 +19,9 @@ from adagrpo_train.runtime.figures import Figures
 from adagrpo_train.runtime.policy import Policy
 from adagrpo_train.runtime.stopping import StopRequest
 from adagrpo_train.runtime.timing import StageTimer, peak_memory_bytes
+from adagrpo_train.scoring.collector import Collector
 from adagrpo_train.scoring.figures import sample_figures
-from adagrpo_train.scoring.scorer import Collector, Scorer
+from adagrpo_train.scoring.scorer import Scorer
 from adagrpo_train.types import (
     Conditions,
     Images,

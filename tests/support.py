@@ -9,7 +9,7 @@ import torch
 from adagrpo_train import build
 from adagrpo_train.models.sd3 import SD3Model
 from adagrpo_train.runtime.engine import Engine
-from adagrpo_train.scoring.scorer import Source
+from adagrpo_train.scoring.collector import Source
 from adagrpo_train.settings import read_settings
 from adagrpo_train.trainer import Trainer
 from adagrpo_train.types import Prompts, SelectedPrompt

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from adagrpo_train.errors import RewardError
 from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.scoring.collector import Source
 from adagrpo_train.scoring.entry import RewardEntry
-from adagrpo_train.scoring.scorer import Source
 from rewards import registry
 from rewards.client.batch import RewardClient, RewardRefusedError, RewardUnavailableError
 from rewards.client.inproc import InprocClient

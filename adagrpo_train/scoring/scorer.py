@@ -1,43 +1,23 @@
 """Ask every reward for its scores, and let nothing through that is not a score."""
 
-import logging
-import math
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from adagrpo_train.errors import AdaGRPOError, ConfigError, RewardError, StoppedError
+from adagrpo_train.errors import ConfigError, RewardError
 from adagrpo_train.functional.combination import comparable, weighted_advantages, weighted_sum
 from adagrpo_train.functional.moments import Moments, batch_moments, ema_moments
 from adagrpo_train.interfaces import Advantage
 from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.stopping import StopRequest
-from adagrpo_train.scoring.entry import RewardEntry
+from adagrpo_train.scoring.collector import Collector, Source
 from adagrpo_train.types import Images, Scores
-from rewards.client.batch import RewardBatch, RewardClient, RewardUnavailableError
-from rewards.contract import Sample
 
-_log = logging.getLogger(__name__)
-_HEARTBEAT_SECONDS = 5.0  # well below the time-out of a process group, and what a launcher leaves for stopping
-_PAUSE_SECONDS = 0.2  # before asking again one that says it is ready and then does not answer
-_SILENT_SECONDS = 60.0  # between two lines about the same waiting
 _RESERVED = ("total", "prompt", "class")
 """Columns of an evaluation that no part may be called."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A reward of this run and who answers for it."""
-
-    entry: RewardEntry
-    client: RewardClient
 
 
 class Scorer:
@@ -92,9 +72,16 @@ class Scorer:
         """What the scores of each reward depend on: reward -> fingerprint."""
         return {source.entry.name: source.client.fingerprint for source in self._sources}
 
-    def collect(self, *, evaluation: bool = False) -> "Collector":
+    def collect(self, *, evaluation: bool = False) -> Collector:
         """A collector of images to be scored; `evaluation` asks the rewards that never train as well."""
-        return Collector(self, [source for source in self._sources if evaluation or source.entry.trains])
+        return Collector(
+            [source for source in self._sources if evaluation or source.entry.trains],
+            names=self._names,
+            total=self._total_so_far,
+            traffic=self._figures,
+            engine=self._engine,
+            stop=self._stop,
+        )
 
     def score(self, images: Images, prompts: Sequence[str], *, evaluation: bool = False) -> Scores:
         """Scores of N images [N, H, W, 3]; see Collector.scores for what is raised."""
@@ -212,6 +199,12 @@ class Scorer:
         for source in self._sources:
             source.client.close()
 
+    def _total_so_far(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The total [N]; missing as long as the first evaluation is still to calibrate it."""
+        if self._calibrates and self._calibration is None:
+            return torch.full_like(next(iter(parts.values())), torch.nan)
+        return self.total(parts)
+
     def _checked_weights(self) -> dict[str, float]:
         weights = {}
         for source in self._sources:
@@ -229,152 +222,6 @@ class Scorer:
         return next(s for s in self._sources for m in s.client.info.metrics if self._names[s.entry.name, m] == part)
 
 
-class Collector:
-    """Images on their way to their scores: added piece by piece, scored meanwhile.
-
-    Pieces are scored while the next ones are drawn, except by rewards that compare the images of a group.
-    """
-
-    def __init__(self, scorer: Scorer, sources: list[Source]) -> None:
-        self._scorer, self._sources = scorer, sources
-        self._samples: list[Sample] = []
-        self._waiting: dict[str, list[Future[RewardBatch]]] = {source.entry.name: [] for source in sources}
-
-    def add(self, images: Images, prompts: Sequence[str], groups: Sequence[int] | None = None) -> None:
-        """Hand N images [N, H, W, 3] to the rewards; `groups` says which belong together."""
-        owners = prompts if groups is None else groups
-        first = len(self._samples)
-        piece = [
-            Sample(str(first + n), prompt, image, group=str(owner))
-            for n, (image, prompt, owner) in enumerate(zip(images, prompts, owners, strict=True))
-        ]
-        self._samples += piece
-        for source in self._sources:
-            if not source.client.info.groupwise:
-                self._waiting[source.entry.name].append(source.client.submit(piece))
-
-    def scores(self) -> Scores:
-        """The scores of everything added, NaN where one is missing.
-
-        Raises:
-            RewardError: on every rank, if a reward of any rank failed as a whole; with the reason and a remedy.
-        """
-        for source in self._sources:
-            if source.client.info.groupwise:
-                self._waiting[source.entry.name].append(source.client.submit(self._samples))
-        results = {source.entry.name: self._outcome(source) for source in self._sources}
-        self._decide(results)
-        columns: dict[str, Tensor] = {}
-        counts = {}
-        reasons = []
-        for source in self._sources:
-            name, answer = source.entry.name, results[source.entry.name]
-            # One that is done without has no score for any image.
-            own = answer.columns if isinstance(answer, _Answer) else self._nothing(source)
-            columns |= {self._scorer._names[name, metric]: values for metric, values in own.items()}
-            counts[name] = int((~torch.stack(list(own.values())).isfinite()).any(0).sum())
-            if isinstance(answer, _Answer) and answer.reason:
-                reasons.append(f"{name}: {answer.reason}")
-        everywhere = self._scorer._engine.gather_objects((counts, len(self._samples), reasons[:1]))
-        images = sum(count for _, count, _ in everywhere)
-        totals = {name: sum(own[name] for own, _, _ in everywhere) for name in counts}
-        reason = next((reason for _, _, own in everywhere for reason in own), "")
-        for source in self._sources:
-            name = source.entry.name
-            self._scorer._figures[f"{name}/missing"].append(totals[name])
-            if totals[name] == images and source.entry.trains and source.entry.required:
-                raise _everywhere(f"reward {name}: none of {images} images got a score; {reason}")
-        missing = {name: count / max(images, 1) for name, count in totals.items()}
-        return Scores(self._total(columns), columns, missing, reason)
-
-    def _nothing(self, source: Source) -> dict[str, Tensor]:
-        return {metric: torch.full((len(self._samples),), torch.nan) for metric in source.client.info.metrics}
-
-    def _total(self, columns: dict[str, Tensor]) -> Tensor:
-        scorer = self._scorer
-        if scorer._calibrates and scorer._calibration is None:
-            return torch.full((len(self._samples),), torch.nan)
-        return scorer.total(columns)
-
-    def _outcome(self, source: Source) -> "_Answer | Exception":
-        try:
-            batches = [future.result() for future in self._waiting[source.entry.name]]
-            answer = _answer(batches, source.client.info.metrics, len(self._samples))
-        except Exception as error:  # noqa: BLE001 - raised again by _decide, on every rank at once
-            return error
-        for batch in batches:
-            for name, value in batch.stats.items():
-                self._scorer._figures[f"{source.entry.name}/{name}"].append(value)
-        return answer
-
-    def _decide(self, results: dict[str, "_Answer | Exception"]) -> None:
-        """Wait for the rewards that failed as a whole, give up, or see that they can be done without.
-
-        Raises:
-            RewardError: a reward is given up.
-            StoppedError: the run was asked to stop while it waited. Both on every rank.
-        """
-        for source in self._sources:
-            entry, began, told = source.entry, time.monotonic(), -math.inf
-            while True:
-                outcome = results[entry.name]
-                failure = outcome if isinstance(outcome, Exception) else None
-                final = failure is not None and not isinstance(failure, RewardUnavailableError)
-                faults = [f for f in self._scorer._engine.gather_objects((_text(failure), final)) if f[0]]
-                if not faults:
-                    break
-                # The clock of the main rank decides for all.
-                waited = self._scorer._engine.broadcast(time.monotonic() - began)
-                text = faults[0][0]
-                if any(final for _, final in faults):
-                    raise _everywhere(f"reward {entry.name}: {text}")
-                if entry.on_unavailable == "wait" and waited < entry.wait_seconds:
-                    if waited - told >= _SILENT_SECONDS:
-                        _log.warning("reward %s: %s; waiting for it (%.0f s so far)", entry.name, text, waited)
-                        told = waited
-                    if any(self._scorer._engine.gather_objects(self._scorer._stop.requested)):
-                        raise _everywhere(f"asked to stop while waiting for reward {entry.name}", StoppedError)
-                    if failure is not None:
-                        results[entry.name] = self._again(source)
-                    continue
-                if not entry.required or not entry.trains:
-                    _log.warning("reward %s: %s; going on without it", entry.name, text)
-                    results[entry.name] = failure or RewardUnavailableError(text)
-                    break
-                raise _everywhere(
-                    f"reward {entry.name}: {text}. Nobody answers; see to its servers and resume, or set "
-                    f"reward.{entry.name}.on_unavailable=wait"
-                )
-
-    def _again(self, source: Source) -> "_Answer | Exception":
-        """Submit everything once more when the reward is back; after a heartbeat ranks speak to each other again."""
-        time.sleep(_PAUSE_SECONDS)
-        try:
-            source.client.wait_ready(_HEARTBEAT_SECONDS)
-        except Exception as error:  # noqa: BLE001 - raised again by _decide, on every rank at once
-            return error
-        self._waiting[source.entry.name] = [source.client.submit(self._samples)]
-        return self._outcome(source)
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What a reward says about the samples of this rank."""
-
-    columns: dict[str, Tensor]  # metric -> [N] float32, NaN where missing
-    reason: str  # why the first missing score is missing, "" if none is
-
-
-def _answer(batches: list[RewardBatch], metrics: Sequence[str], count: int) -> _Answer:
-    columns = {}
-    for metric in metrics:
-        values = np.concatenate([batch.scores[metric] for batch in batches]) if batches else np.empty(0)
-        if len(values) != count:
-            raise RewardError(f"{len(values)} scores for {count} images")
-        columns[metric] = torch.from_numpy(values.astype(np.float32))
-    return _Answer(columns, next((reason for batch in batches for reason in batch.reasons if reason), ""))
-
-
 def _part_names(sources: Sequence[Source]) -> dict[tuple[str, str], str]:
     everyone = [metric for source in sources for metric in source.client.info.metrics]
     training = [metric for source in sources if source.entry.trains for metric in source.client.info.metrics]
@@ -387,11 +234,7 @@ def _part_names(sources: Sequence[Source]) -> dict[tuple[str, str], str]:
     return names
 
 
-def _text(failure: BaseException | None) -> str:
-    return "" if failure is None else f"{failure}" or type(failure).__name__
-
-
-def _everywhere(message: str, kind: type[AdaGRPOError] = RewardError) -> AdaGRPOError:
-    error = kind(message)
+def _everywhere(message: str) -> RewardError:
+    error = RewardError(message)
     error.on_every_rank = True
     return error

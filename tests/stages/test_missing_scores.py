@@ -14,7 +14,7 @@ from adagrpo_train.curriculum.scored import Boundary
 from adagrpo_train.errors import RewardError
 from adagrpo_train.interfaces import Objective
 from adagrpo_train.runtime import checkpoint
-from adagrpo_train.scoring.scorer import Source
+from adagrpo_train.scoring.collector import Source
 from adagrpo_train.trainer import Trainer
 from adagrpo_train.types import Loss
 from rewards.client.batch import RewardUnavailableError

@@ -13,8 +13,10 @@ from adagrpo_train.algorithms.advantages import Group
 from adagrpo_train.errors import ConfigError, RewardError, StoppedError
 from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.stopping import StopRequest
+from adagrpo_train.scoring import collector
+from adagrpo_train.scoring.collector import Source, _Report
 from adagrpo_train.scoring.entry import RewardEntry
-from adagrpo_train.scoring.scorer import Scorer, Source
+from adagrpo_train.scoring.scorer import Scorer
 from rewards.client.batch import RewardBatch, RewardRefusedError, RewardUnavailableError
 from rewards.client.inproc import InprocClient
 from rewards.contract import ItemError, RewardInfo, Sample
@@ -251,9 +253,12 @@ class TwoRanks(Engine):
         return [value, next(self._other)]
 
 
+FINE = _Report(pending=False, failure="", final=False, stop=False)
+
+
 def test_the_share_of_missing_scores_is_that_of_all_ranks() -> None:
     """The other rank has six images and misses one score; here one of two is missing."""
-    engine = TwoRanks([("", False), ({"first": 1}, 6, ["first: elsewhere"])])
+    engine = TwoRanks([FINE, ({"first": 1}, 6, ["first: elsewhere"])])
     both = Scorer(
         [Source(entry("first"), InprocClient(A, device="cpu"))],
         scale="raw",
@@ -283,7 +288,7 @@ def test_a_server_that_comes_back_refused_stops_the_run_with_its_words() -> None
 
 def test_what_waiting_cannot_mend_on_another_rank_stops_this_one_too() -> None:
     source = Source(entry("first", on_unavailable="wait"), InprocClient(A, device="cpu"))
-    engine = TwoRanks([("a bug of the reward", True)])
+    engine = TwoRanks([FINE._replace(failure="a bug of the reward", final=True)])
     one = Scorer([source], scale="raw", level="reward", alpha=0.5, engine=engine, stop=StopRequest())
     with pytest.raises(RewardError, match="a bug of the reward") as caught:
         one.score(images("x"), ["x"])
@@ -295,7 +300,7 @@ def test_a_stop_ends_the_waiting_for_a_reward_on_all_ranks(other: bool) -> None:
     """Whichever of them was asked: here this one, or another one that has its scores and only follows."""
     stop = StopRequest()
     stop.requested = not other
-    engine = TwoRanks([("", False), other])
+    engine = TwoRanks([FINE._replace(stop=other)])
     source = Source(entry("first", on_unavailable="wait"), Absent(A, times=10**9))
     one = Scorer([source], scale="raw", level="reward", alpha=0.5, engine=engine, stop=stop)
     with pytest.raises(StoppedError, match="waiting for reward first") as caught:
@@ -303,8 +308,33 @@ def test_a_stop_ends_the_waiting_for_a_reward_on_all_ranks(other: bool) -> None:
     assert caught.value.on_every_rank
 
 
+def test_a_stop_is_heeded_while_scores_are_still_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that hangs is noticed at its deadline only, which may lie beyond what a launcher leaves for stopping."""
+    monkeypatch.setattr(collector, "_HEARTBEAT_SECONDS", 0.02)
+
+    class Hanging(InprocClient):
+        def submit(self, samples: Sequence[Sample]) -> Future[RewardBatch]:
+            return Future()
+
+    engine = TwoRanks([FINE, FINE, FINE._replace(stop=True)])
+    source = Source(entry("first"), Hanging(A, device="cpu"))
+    one = Scorer([source], scale="raw", level="reward", alpha=0.5, engine=engine, stop=StopRequest())
+    with pytest.raises(StoppedError, match="waiting for reward first") as caught:
+        one.score(images("x"), ["x"])
+    assert caught.value.on_every_rank
+
+
+def test_a_rank_that_has_its_scores_waits_for_the_others_and_counts_its_traffic_once() -> None:
+    pending = FINE._replace(pending=True)
+    engine = TwoRanks([pending, pending, FINE, ({"first": 0}, 1, [])])
+    source = Source(entry("first"), InprocClient(A, device="cpu"))
+    one = Scorer([source], scale="raw", level="reward", alpha=0.5, engine=engine, stop=StopRequest())
+    assert one.score(images("x"), ["x"]).total.tolist() == [1.0]
+    assert len(one._figures["first/latency"]) == 1
+
+
 def test_an_optional_reward_that_another_rank_lost_is_done_without_on_this_one_too() -> None:
-    engine = TwoRanks([("", False), ("nobody there", False), ({"first": 0, "second": 2}, 2, [])])
+    engine = TwoRanks([FINE, FINE._replace(failure="nobody there"), ({"first": 0, "second": 2}, 2, [])])
     sources = [
         Source(entry("first"), InprocClient(A, device="cpu")),
         Source(entry("second", {"c": 1.0}, required=False), InprocClient(C, device="cpu")),
