@@ -129,7 +129,7 @@ def _summarise(run_dir: Path) -> None:
     files = sorted((run_dir / "evaluations").glob("*.jsonl"))
     before, after = read_scores(files[0]), read_scores(files[-1])
     summary: dict[str, Any] = {"images": len(next(iter(before.values()))), "heldout": {}}
-    for name in before:
+    for name in (name for name in before if name in after):  # a reward that was let change may name other metrics
         change = paired_gain(before[name], after[name])
         summary["heldout"][name] = {key: None if math.isnan(v) else v for key, v in change._asdict().items()}
         sys.stdout.write(

@@ -88,6 +88,8 @@ def _scores(summary: Row, evaluations: list[Row]) -> list[Row]:
     order = {"strict": 0, "smooth": 1}
     scores = []
     for name, score in sorted((heldout or {}).items(), key=lambda item: order.get(item[0], 2)):
+        if score["before"] is None:  # no image has both scores
+            continue
         gain, error = score.get("gain", score["after"] - score["before"]), score.get("standard_error")
         clear = error is not None and abs(gain) > 2 * error
         tone = ("good" if gain > 0 else "bad") if clear else "soft"

@@ -128,6 +128,14 @@ def test_a_gain_within_two_standard_errors_is_not_coloured(tmp_path: Path, gain:
     assert f'class="{tone}"' in write_report(tmp_path).read_text()
 
 
+def test_a_held_out_reward_that_never_answered_is_left_out_of_the_report(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("before", "after", "gain", "standard_error"))
+    score = {"before": 0.25, "after": 0.5, "gain": 0.25, "standard_error": None}
+    (tmp_path / "summary.json").write_text(json.dumps({"images": 7, "heldout": {"a": nothing, "b": score}}))
+    page = write_report(tmp_path).read_text()
+    assert "Held-out b" in page and "Held-out a" not in page
+
+
 def test_versions_are_those_of_the_run_and_not_of_the_machine_that_draws(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text('{"torch": "1.2.3-of-the-run"}')
     assert "1.2.3-of-the-run" in write_report(tmp_path).read_text()

@@ -270,13 +270,15 @@ def test_evaluation_is_a_command_of_its_own(tmp_path: Path) -> None:
     succeed(f"hydra.run.dir={tmp_path / 'run'}")
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from adagrpo_train.cli import evaluate_main; sys.exit(evaluate_main())",
-         *BASE, f"resume={tmp_path / 'run'}", f"hydra.run.dir={tmp_path / 'eval'}"],
+         *BASE, "reward=[shapes,jpeg_size]", "reward.jpeg_size.role=evaluation", f"resume={tmp_path / 'run'}",
+         f"hydra.run.dir={tmp_path / 'eval'}"],
         env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     last = [row for row in rows(tmp_path / "run") if "eval/total" in row][-1]
     printed = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("eval/")}
     assert printed["eval/smooth"] == pytest.approx(last["eval/smooth"], abs=1e-4)
+    assert printed["eval/jpeg_size"] < 0  # held out, and not of the run
     assert (tmp_path / "eval/evaluation.png").is_file()
 
 
