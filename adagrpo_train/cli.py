@@ -39,7 +39,8 @@ _EVAL_HELP = """\
 usage: adagrpo-eval [resume=RUN_OR_CHECKPOINT] [key=value ...]
 
 Score the held-out prompts with the noise-free sampler: of a checkpoint, or of the plain model without `resume`.
-Takes the same keys as adagrpo-train; writes evaluation.jsonl and evaluation.png into hydra.run.dir.
+Takes the same keys as adagrpo-train, and further rewards with role=evaluation; writes evaluation.jsonl and
+evaluation.png into hydra.run.dir.
 
 Options:
   --cfg      print the composed configuration and stop

@@ -181,9 +181,10 @@ class Collector:
         """No score for any image, where a run can do without the reward; ranks that have scores drop them, too."""
         entry = source.entry
         if entry.required and entry.trains:
+            remedy = "on_unavailable=wait" if entry.on_unavailable == "stop" else "wait_seconds higher"
             raise _everywhere(
                 f"reward {entry.name}: {failure}. Nobody answers; see to its servers and resume, or set "
-                f"reward.{entry.name}.on_unavailable=wait"
+                f"reward.{entry.name}.{remedy}"
             )
         _log.warning("reward %s: %s; going on without it", entry.name, failure)
         nothing = torch.full((len(self._samples),), torch.nan)
