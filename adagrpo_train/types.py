@@ -148,7 +148,7 @@ class Loss:
     """A differentiable value and detached figures about it."""
 
     value: Tensor  # [] differentiable
-    metrics: dict[str, Tensor]  # each []; names ending in "_max" are reduced by maximum, others by mean over transitions
+    metrics: dict[str, Tensor]  # each []; of names in "_max" the maximum counts, else the mean over transitions
 
 
 @dataclass(frozen=True)
