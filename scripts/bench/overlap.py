@@ -31,7 +31,7 @@ import paced
 import torch
 
 from adagrpo_train import build
-from adagrpo_train.scoring.scorer import Collector
+from adagrpo_train.scoring.collector import Collector
 from adagrpo_train.settings import read_settings
 from adagrpo_train.types import Images, Scores
 
