@@ -67,6 +67,15 @@ class ItemError(ValueError):
     """One image cannot be scored, the others can: the reason is told to whoever asked for its score."""
 
 
+class LostError(RuntimeError):
+    """The reward can score nothing any more, whatever the image. Whoever runs it gives it up."""
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether every later call would fail too, as it does after some errors of a GPU."""
+    return isinstance(error, LostError) or ("CUDA error" in str(error) and not out_of_memory(error))
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether a reward fails for want of GPU memory, so that fewer images at once may do. Told by torch's name for it,
     since torch is not imported here."""
@@ -90,7 +99,9 @@ class Reward(Protocol):
         """Every metric of every sample, in the order of the samples.
 
         Raises:
-            ItemError: a sample cannot be scored. The caller then scores the samples one by one.
+            ItemError: a sample cannot be scored. The caller then scores the samples one by one, as after any other
+                exception.
+            LostError: no sample can be scored any more.
         """
         ...
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+from rewards.contract import LostError
+
 if TYPE_CHECKING:
     import aiohttp
 
@@ -43,7 +45,7 @@ class QuestionRefusedError(RuntimeError):
     """The server does not take this question, and would not take it later."""
 
 
-class JudgeRefusedError(RuntimeError):
+class JudgeRefusedError(LostError):
     """The server takes no question at all with these settings; the message names them."""
 
 
