@@ -59,7 +59,7 @@ class Ordered:
             raise RuntimeError("secret of the inside")
         if "refuse" in prompts:
             raise ItemError("this prompt cannot be scored")
-        if "stick" in prompts:
+        if "stick" in prompts or any(prompt.startswith("stick once") and _first(prompt) for prompt in prompts):
             re.match(r"(a+)+$", "a" * 60 + "b")  # one call of C that lets no other thread run, for years
         if "lose the GPU" in prompts:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
