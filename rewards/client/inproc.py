@@ -22,7 +22,6 @@ from rewards.client.batch import (
     units,
 )
 from rewards.contract import ItemError, Reward, RewardInfo, Sample, is_lost, out_of_memory
-from rewards.trial import load_and_try
 
 _CLOSE_SECONDS = 10.0  # for the batch at hand
 _log = logging.getLogger(__name__)
@@ -121,7 +120,8 @@ class InprocClient:
 
     def _work(self) -> None:
         try:
-            self._loaded.set_result(load_and_try(self._reward, self._device))
+            self._reward.load(self._device)
+            self._loaded.set_result(self._reward.fingerprint())
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for the reward
             self._loaded.set_exception(error)
         while (job := self._jobs.get()) is not None:

@@ -62,7 +62,7 @@ _INFO_BYTES = 2**20  # longest answer about a server
 _ANSWER_BYTES, _RESULT_BYTES = 2**16, 2**13  # longest answer with scores, and what each image adds
 _ITEM_BYTES = 2**16  # room for a prompt and metadata in a request
 _SERVER_SHARE = 0.9  # of an attempt: the server gives up first, so that its reason still arrives
-_TOKEN = re.compile(r"[!-~]+")
+_TOKEN = r"[!-~]+"  # regular expression
 _FINAL = ("unsupported_item",)  # the reward said no: another replica would say the same
 
 
@@ -121,7 +121,7 @@ class RemoteClient:
         self._urls = [_checked_url(url) for url in urls]
         if not urls or len(set(self._urls)) != len(urls):
             raise ValueError(f"urls={self._urls}: give each server once, and at least one")
-        if token is not None and not _TOKEN.fullmatch(token):
+        if token is not None and not re.fullmatch(_TOKEN, token):
             raise ValueError("the token holds something else than visible ASCII characters")
         self._settings = settings or RemoteSettings()
         self._token = token

@@ -26,7 +26,7 @@ _LONGEST_PAUSE_SECONDS = 30.0
 _CLOSE_SECONDS = 10.0
 _USAGE_ERROR = 2  # exit status after a mistake in the arguments: starting again changes nothing
 _TAIL_BYTES = 2000
-_LACKING = re.compile(r"No module named '?([\w.]+).*\Z")  # in the last line of a log
+_LACKING = r"No module named '?([\w.]+).*\Z"  # regular expression, in the last line of a log
 # What tells a process of a distributed run its place in it. A server has none.
 _RANK_PREFIXES = ("MASTER_", "TORCHELASTIC_", "ACCELERATE_", "DEEPSPEED_", "OMPI_", "PMI_", "SLURM_PROCID")
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "NODE_RANK")
@@ -215,7 +215,7 @@ class LocalServers:
         if now - server.started_at > self._steady_seconds:
             server.restarts = 0
         # An environment that lacks the server itself ends before the server could say so by its status.
-        lacking = status == 1 and _LACKING.search(_tail(server.log))
+        lacking = status == 1 and re.search(_LACKING, _tail(server.log))
         if status == _USAGE_ERROR or lacking or server.restarts == _MOST_RESTARTS:
             server.given_up = True
             _log.critical("%s", self._failure(server, f"ended with status {status}, for good"))
@@ -227,7 +227,7 @@ class LocalServers:
 
     def _failure(self, server: _Server, what: str) -> RewardUnavailableError:
         tail = _tail(server.log)
-        lacking = _LACKING.search(tail)
+        lacking = re.search(_LACKING, tail)
         remedy = (
             f" python={self._python} lacks {lacking[1]}: make an environment by `bash scripts/make_reward_env.sh "
             f"{self._name}` and set python to the path that it prints."

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from rewards.contract import ItemError, LostError, Reward, Sample, is_lost, out_of_memory
 from rewards.server.limits import Limits
 from rewards.server.metrics import Metrics
-from rewards.trial import load_and_try
+from rewards.server.trial import load_and_try
 from rewards.wire import Failure
 
 Outcome = dict[str, float] | Failure
