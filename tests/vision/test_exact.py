@@ -51,7 +51,7 @@ def rounding() -> Iterator[None]:
 
 
 def test_products_that_the_process_rounds_are_refused(rounding: None) -> None:
-    with pytest.raises(LostError, match="TF32.*mode=local"):
+    with pytest.raises(LostError, match=r"TF32.*mode=local"):
         require_exact_products()
     torch.set_float32_matmul_precision("highest")
     require_exact_products()
