@@ -4,6 +4,7 @@ A plug-in implements `Reward` in a package of its own and announces it as an ent
 ``adagrpo.rewards``; the trainer then runs it in its own process, or `python -m rewards.serve` behind a socket.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
@@ -49,6 +50,9 @@ class RewardInfo:
         example_prompts: some that the reward accepts, for checking it.
         groupwise: whether a score depends on the other images of its group.
         same_size: whether the images of a batch must have one size.
+
+    Raises:
+        ValueError: no metric or one twice, no image in a batch, or a tolerance or range that is none.
     """
 
     name: str
@@ -61,6 +65,16 @@ class RewardInfo:
     example_prompts: tuple[str, ...] = ("a red circle", "two blue squares", "a photo of a cat, 4k", "\u72ac")
     groupwise: bool = False
     same_size: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.metrics or len(set(self.metrics)) != len(self.metrics):
+            raise ValueError(f"metrics={self.metrics}: name at least one, each once")
+        if self.max_batch < 1:
+            raise ValueError(f"max_batch={self.max_batch}: must be at least 1")
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"tolerance={self.tolerance}: must be a finite number >= 0")
+        if self.value_range is not None and not -math.inf < self.value_range[0] < self.value_range[1] < math.inf:
+            raise ValueError(f"value_range={self.value_range}: must be two finite numbers, the lesser first, or None")
 
 
 class ItemError(ValueError):

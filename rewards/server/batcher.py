@@ -5,7 +5,6 @@ import faulthandler
 import logging
 import math
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -157,7 +156,7 @@ class Batcher:
         pause = min(1.0, patience / 4)
         try:
             while True:
-                faulthandler.dump_traceback_later(patience + pause, exit=True, file=sys.__stderr__)
+                faulthandler.dump_traceback_later(patience + pause, exit=True, file=2)  # stderr
                 await asyncio.sleep(pause)
                 if self.overdue:
                     _log.critical("a batch takes longer than %s s: the scorer hangs, ending", patience)
