@@ -104,7 +104,7 @@ def test_a_file_that_holds_no_weights_is_named(content: bytes, open_clip: Module
         (lambda state: state.update(extra=torch.zeros(1)), r"1 unknown \(extra"),
         (lambda state: state.pop("visual.proj"), r"1 missing \(visual.proj"),
         (
-            lambda state: state.update({"visual.positional_embedding": torch.zeros(99, 64)}),
+            lambda state: state.update({"visual.positional_embedding": torch.zeros(101, 64)}),
             r"of another shape \(visual.positional_embedding",
         ),
     ],
