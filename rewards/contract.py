@@ -85,6 +85,10 @@ class LostError(RuntimeError):
     """The reward can score nothing any more, whatever the image. Whoever runs it gives it up."""
 
 
+class UnavailableError(RuntimeError):
+    """The reward can score nothing now, and may later: what it asks itself does not answer."""
+
+
 def is_lost(error: Exception) -> bool:
     """Whether every later call would fail too, as it does after some errors of a GPU."""
     return isinstance(error, LostError) or ("CUDA error" in str(error) and not out_of_memory(error))
@@ -116,6 +120,7 @@ class Reward(Protocol):
             ItemError: a sample cannot be scored. The caller then scores the samples one by one, as after any other
                 exception.
             LostError: no sample can be scored any more.
+            UnavailableError: none can be scored now.
         """
         ...
 

@@ -8,13 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from rewards.contract import LostError, RewardInfo, Sample
+from rewards.contract import LostError, RewardInfo, Sample, UnavailableError
 
 Outcome = dict[str, float] | str  # every metric of a sample, or why there is no score
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-class RewardUnavailableError(RuntimeError):
+class RewardUnavailableError(UnavailableError):
     """Nobody answered in time. The same request may succeed later."""
 
 

@@ -21,7 +21,7 @@ from rewards.client.batch import (
     reasons,
     units,
 )
-from rewards.contract import ItemError, Reward, RewardInfo, Sample, is_lost, out_of_memory
+from rewards.contract import ItemError, Reward, RewardInfo, Sample, UnavailableError, is_lost, out_of_memory
 
 _CLOSE_SECONDS = 10.0  # for the batch at hand
 _log = logging.getLogger(__name__)
@@ -203,7 +203,9 @@ class InprocClient:
             job.outcomes |= self._checked(batch, self._reward.score(batch))
             return
         except Exception as error:
-            if is_lost(error) or isinstance(error, RewardUnavailableError):
+            if isinstance(error, UnavailableError):
+                raise RewardUnavailableError(f"reward {self.info.name}: {error}") from error
+            if is_lost(error):
                 raise
             reason, size = self._reason(error, alone=len(parts) == 1), 1
             if out_of_memory(error):

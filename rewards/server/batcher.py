@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from rewards.contract import ItemError, LostError, Reward, Sample, is_lost, out_of_memory
+from rewards.contract import ItemError, LostError, Reward, Sample, UnavailableError, is_lost, out_of_memory
 from rewards.server.limits import Limits
 from rewards.server.metrics import Metrics
 from rewards.server.trial import load_and_try
@@ -187,8 +187,8 @@ class Batcher:
             return self._checked(samples, self._reward.score(samples))
         except Exception as error:  # noqa: BLE001 - whatever a plug-in raises is an answer to its client
             self._consider(error)
-            if len(samples) == 1:
-                return [self._failure(error)]
+            if len(samples) == 1 or isinstance(error, UnavailableError):
+                return [self._failure(error)] * len(samples)
             part = 1
             if out_of_memory(error):
                 part = self._max_batch = len(samples) // 2
