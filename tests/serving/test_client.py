@@ -242,6 +242,7 @@ def test_a_slow_server_is_given_up_for_the_other(pair: Pair) -> None:
     assert time.monotonic() - started < 4
 
 
+@pytest.mark.slow
 def test_a_server_that_scores_nothing_in_time_is_given_up(serve: Serve, pair: Pair) -> None:
     """It answers in time, and says so: that is no answer either."""
     slow = serve(token=TOKEN, settings={"seconds": 30})

@@ -273,6 +273,7 @@ def test_what_cannot_be_scored_in_time_is_not_scored(serve: Serve) -> None:
     assert batches(server) == 3
 
 
+@pytest.mark.slow
 def test_images_of_requests_that_are_late_leave_the_queue(serve: Serve) -> None:
     """And those in the batch at hand when that is done; so do their bytes."""
     server = serve(settings={"seconds": 1.5}, limits={"body_bytes": 4_000_000, "queued_bytes": 8_000_000})

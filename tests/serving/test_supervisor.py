@@ -99,7 +99,10 @@ def test_a_killed_server_comes_back_at_its_address_and_no_score_is_lost(local: M
     client.close()
 
 
-@pytest.mark.parametrize(("how", "said"), [("hang", "the scorer hangs"), ("stick", "Timeout (0:00:02")])
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("hang", "the scorer hangs"), pytest.param("stick", "Timeout (0:00:02", marks=pytest.mark.slow)],
+)
 def test_a_scorer_that_hangs_once_costs_nothing(how: str, said: str, local: Make, tmp_path: Path) -> None:
     """A watchdog of the server ends it, also where no thread of it can run; the supervisor starts it again, the client
     asks again."""
