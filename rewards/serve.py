@@ -93,7 +93,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     source.add_argument("--token-stdin", action="store_true", help="read the token from the first line of stdin")
     supervised = parser.add_argument_group("for a parent process that starts servers")
-    supervised.add_argument("--exit-with-stdin", action="store_true", help="end when stdin is closed")
+    supervised.add_argument(
+        "--exit-with-stdin", action="store_true", help="end when stdin is closed; write nothing more to it"
+    )
     supervised.add_argument("--reuse-port", action="store_true", help="share a port that the parent keeps reserved")
     return parser.parse_args(arguments)
 
