@@ -75,7 +75,9 @@ class Aesthetic(VisionReward):
                 f"predictor={self._predictor}: no such file. The hub has no copy: download {PREDICTOR} from {URL} and "
                 "set predictor to its path"
             )
-        tower = weight_files.pretrained(CLIPVisionModelWithProjection, self._source, setting="model")
+        tower = weight_files.pretrained(
+            CLIPVisionModelWithProjection, self._source, setting="model", others=("text_", "logit_scale")
+        )
         head = linear_head(tower.config.projection_dim)
         weight_files.fill(head, weight_files.read(path, setting="predictor"), setting=f"predictor={path}")
         self._size = tower.config.image_size

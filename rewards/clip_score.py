@@ -78,7 +78,8 @@ class ClipScore(CosineReward):
     def _build(self) -> nn.Module:
         open_clip = import_open_clip()
         source = f"architecture={self._architecture}, weights={self._weights}"
-        if "siglip" in self._architecture.lower() and self._weights and Path(self._weights).is_file():
+        local = self._weights is not None and Path(self._weights).expanduser().is_file()
+        if "siglip" in self._architecture.lower() and local:
             raise weight_files.WeightsError(
                 f"{source}: a file does not say how SigLIP wants its pictures; name a tag, or "
                 "architecture=local-dir:FOLDER"
@@ -88,7 +89,7 @@ class ClipScore(CosineReward):
                 # open_clip goes on with the wrong activation, and scores come out subtly wrong.
                 warnings.filterwarnings("error", message="QuickGELU mismatch")
                 model, _, self._transform = open_clip.create_model_and_transforms(
-                    self._architecture, pretrained=self._weights, require_pretrained=True
+                    self._architecture, pretrained=None if local else self._weights, require_pretrained=not local
                 )
             self._tokenize = open_clip.get_tokenizer(self._architecture)
             self._config = open_clip.get_model_config(self._architecture)
@@ -101,6 +102,13 @@ class ClipScore(CosineReward):
                 f"{source}: {error}. Set weights to a local file or a tag that `open_clip.list_pretrained()` has for "
                 "this architecture; a tag must have been downloaded once where there is a network"
             ) from error
+        if self._weights is not None and local:
+            # Not by open_clip: it stretches position embeddings of another size, and scores come out subtly wrong.
+            state = weight_files.read(Path(self._weights).expanduser(), setting=source)
+            state = {name.removeprefix("module."): value for name, value in state.items()}
+            if any(name.startswith("text.") for name in model.state_dict()):
+                state = open_clip.model.convert_to_custom_text_state_dict(state)
+            weight_files.fill(model, state, setting=source)
         return model
 
     def _details(self) -> Sequence[str]:

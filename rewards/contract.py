@@ -4,6 +4,7 @@ A plug-in implements `Reward` in a package of its own and announces it as an ent
 ``adagrpo.rewards``; the trainer then runs it in its own process, or `python -m rewards.serve` behind a socket.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
@@ -49,6 +50,9 @@ class RewardInfo:
         example_prompts: some that the reward accepts, for checking it.
         groupwise: whether a score depends on the other images of its group.
         same_size: whether the images of a batch must have one size.
+
+    Raises:
+        ValueError: no metric or one twice, no image in a batch, or a tolerance or range that is none.
     """
 
     name: str
@@ -62,9 +66,32 @@ class RewardInfo:
     groupwise: bool = False
     same_size: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.metrics or len(set(self.metrics)) != len(self.metrics):
+            raise ValueError(f"metrics={self.metrics}: name at least one, each once")
+        if self.max_batch < 1:
+            raise ValueError(f"max_batch={self.max_batch}: must be at least 1")
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"tolerance={self.tolerance}: must be a finite number >= 0")
+        if self.value_range is not None and not -math.inf < self.value_range[0] < self.value_range[1] < math.inf:
+            raise ValueError(f"value_range={self.value_range}: must be two finite numbers, the lesser first, or None")
+
 
 class ItemError(ValueError):
     """One image cannot be scored, the others can: the reason is told to whoever asked for its score."""
+
+
+class LostError(RuntimeError):
+    """The reward can score nothing any more, whatever the image. Whoever runs it gives it up."""
+
+
+class UnavailableError(RuntimeError):
+    """The reward can score nothing now, and may later: what it asks itself does not answer."""
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether every later call would fail too, as it does after some errors of a GPU."""
+    return isinstance(error, LostError) or ("CUDA error" in str(error) and not out_of_memory(error))
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -90,7 +117,10 @@ class Reward(Protocol):
         """Every metric of every sample, in the order of the samples.
 
         Raises:
-            ItemError: a sample cannot be scored. The caller then scores the samples one by one.
+            ItemError: a sample cannot be scored. The caller then scores the samples one by one, as after any other
+                exception.
+            LostError: no sample can be scored any more.
+            UnavailableError: none can be scored now.
         """
         ...
 

@@ -9,7 +9,8 @@ from msgspec import Meta, Struct
 
 CONTENT_TYPE = "application/vnd.adagrpo.reward+msgpack"
 MAX_ITEMS = 256
-MAX_SIDE = 2048  # pixels
+MIN_SIDE, MAX_SIDE = 16, 2048  # pixels
+MAX_ID, MAX_PROMPT = 64, 8192  # characters
 
 Format = Literal["raw", "png", "webp", "jpeg"]
 
@@ -18,16 +19,16 @@ class WireImage(Struct, forbid_unknown_fields=True):
     """An RGB image; ``raw`` is height x width x 3 bytes, row by row."""
 
     fmt: Format
-    w: Annotated[int, Meta(ge=16, le=MAX_SIDE)]
-    h: Annotated[int, Meta(ge=16, le=MAX_SIDE)]
+    w: Annotated[int, Meta(ge=MIN_SIDE, le=MAX_SIDE)]
+    h: Annotated[int, Meta(ge=MIN_SIDE, le=MAX_SIDE)]
     data: memoryview
 
 
 class WireItem(Struct, forbid_unknown_fields=True):
     """One image to score."""
 
-    id: Annotated[str, Meta(min_length=1, max_length=64)]
-    prompt: Annotated[str, Meta(max_length=8192)]
+    id: Annotated[str, Meta(min_length=1, max_length=MAX_ID)]
+    prompt: Annotated[str, Meta(max_length=MAX_PROMPT)]
     image: WireImage
     group: Annotated[str, Meta(max_length=64)] | None = None
     meta: dict[str, str | int | float | bool] = {}

@@ -97,7 +97,11 @@ class Rewards:
 
     def _connect(self, entry: RewardEntry, endpoints: Endpoints) -> RewardClient:
         if entry.mode == "inproc":
-            client: RewardClient = InprocClient(make(entry), device=entry.device or str(self._engine.device))
+            client: RewardClient = InprocClient(
+                make(entry),
+                device=entry.device or str(self._engine.device),
+                deadline_seconds=entry.deadline_seconds,
+            )
         else:
             client = _remote(entry, *(endpoints[entry.name] if entry.mode == "local" else (entry.urls, _token(entry))))
         self._stack.callback(client.close)

@@ -1,6 +1,7 @@
 """What a run says about one of its rewards."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -75,8 +76,8 @@ class RewardEntry:
         return self.role == "train"
 
     def error(self, key: str, remedy: str, value: Any = None) -> ConfigError:
-        """What to raise about a key of this reward."""
-        shown = getattr(self, key, None) if value is None else value
+        """What to raise about a key of this reward. Who is logged in by an address is not repeated."""
+        shown = re.sub(r"//[^/]*@", "//***@", str(getattr(self, key, None) if value is None else value))
         return ConfigError(f"reward.{self.name}.{key}={shown}: {remedy}")
 
     def _check_weights(self) -> None:
@@ -90,10 +91,10 @@ class RewardEntry:
         if not 0 <= self.max_bad_fraction < 1:
             raise self.error("max_bad_fraction", "must be in [0, 1)")
         for key in ("wait_seconds", "deadline_seconds", "startup_seconds"):
-            if not getattr(self, key) > 0:
-                raise self.error(key, "must be > 0")
-        if self.hedge_seconds < 0:
-            raise self.error("hedge_seconds", "must be >= 0; 0 never asks a second server")
+            if not 0 < getattr(self, key) < math.inf:
+                raise self.error(key, "must be > 0 and finite")
+        if not 0 <= self.hedge_seconds < math.inf:
+            raise self.error("hedge_seconds", "must be >= 0 and finite; 0 never asks a second server")
 
     def _check_mode(self) -> None:
         for key, mode in (("device", "inproc"), ("devices", "local"), ("python", "local"), ("token_file", "remote")):

@@ -8,17 +8,17 @@ from typing import Protocol
 
 import numpy as np
 
-from rewards.contract import RewardInfo, Sample
+from rewards.contract import LostError, RewardInfo, Sample, UnavailableError
 
 Outcome = dict[str, float] | str  # every metric of a sample, or why there is no score
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-class RewardUnavailableError(RuntimeError):
+class RewardUnavailableError(UnavailableError):
     """Nobody answered in time. The same request may succeed later."""
 
 
-class RewardRefusedError(RuntimeError):
+class RewardRefusedError(LostError):
     """A server will not score, or not with the weights the run began with. Asking again does not help."""
 
 
@@ -73,7 +73,7 @@ class RewardClient(Protocol):
         """Begin to score; returns at once.
 
         The images are read later, so they must not change. Results raise RewardUnavailableError or
-        RewardRefusedError; a reward in this process raises whatever the reward does.
+        RewardRefusedError; of a reward in this process also what loading it raised, and the loss of its GPU.
 
         Raises:
             ValueError: two samples have one id, or an image is not uint8 [H, W, 3].

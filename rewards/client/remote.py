@@ -8,12 +8,13 @@ import asyncio
 import logging
 import math
 import random
+import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -35,7 +36,18 @@ from rewards.client.batch import (
 from rewards.client.replicas import Replica, Replicas
 from rewards.client.transport import BusyError, FaultError, Transport
 from rewards.contract import RewardInfo, Sample
-from rewards.wire import CONTENT_TYPE, Info, ScoreRequest, ScoreResponse, WireImage, WireItem
+from rewards.wire import (
+    CONTENT_TYPE,
+    MAX_ID,
+    MAX_PROMPT,
+    MAX_SIDE,
+    MIN_SIDE,
+    Info,
+    ScoreRequest,
+    ScoreResponse,
+    WireImage,
+    WireItem,
+)
 
 T = TypeVar("T")
 
@@ -50,6 +62,7 @@ _INFO_BYTES = 2**20  # longest answer about a server
 _ANSWER_BYTES, _RESULT_BYTES = 2**16, 2**13  # longest answer with scores, and what each image adds
 _ITEM_BYTES = 2**16  # room for a prompt and metadata in a request
 _SERVER_SHARE = 0.9  # of an attempt: the server gives up first, so that its reason still arrives
+_TOKEN = r"[!-~]+"  # regular expression
 _FINAL = ("unsupported_item",)  # the reward said no: another replica would say the same
 
 
@@ -82,13 +95,12 @@ class RemoteSettings:
     compress: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("deadline_seconds", "connect_seconds", "chunk_images", "chunk_bytes", "in_flight", "faults"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
-        if self.attempt_seconds is not None and not self.attempt_seconds > 0:
-            raise ValueError(f"attempt_seconds={self.attempt_seconds}: must be > 0")
-        if self.hedge_seconds < 0 or self.cool_seconds < 0:
-            raise ValueError("hedge_seconds and cool_seconds must be >= 0")
+        for name, value in asdict(self).items():
+            if value is None or name == "compress":
+                continue
+            least = ">= 0" if name in ("hedge_seconds", "cool_seconds") else "> 0"
+            if not math.isfinite(value) or value < 0 or (value == 0 and least == "> 0"):
+                raise ValueError(f"{name}={value}: must be {least} and finite")
 
 
 class RemoteClient:
@@ -100,7 +112,7 @@ class RemoteClient:
         settings: None takes the default ones.
 
     Raises:
-        ValueError: no address, one that is none, or one given twice.
+        ValueError: no address, one that is none, holds a password, or is given twice; a token that no header can carry.
     """
 
     def __init__(
@@ -108,7 +120,9 @@ class RemoteClient:
     ) -> None:
         self._urls = [_checked_url(url) for url in urls]
         if not urls or len(set(self._urls)) != len(urls):
-            raise ValueError(f"urls={list(urls)}: give each server once, and at least one")
+            raise ValueError(f"urls={self._urls}: give each server once, and at least one")
+        if token is not None and not re.fullmatch(_TOKEN, token):
+            raise ValueError("the token holds something else than visible ASCII characters")
         self._settings = settings or RemoteSettings()
         self._token = token
         self._identity: Info | None = None
@@ -234,7 +248,9 @@ class RemoteClient:
             await self._contact(deadline)
         known = self._known
         job = _Job(deadline)
-        chunks = pack(samples, self.info, most=self._chunk_images(samples))
+        job.outcomes |= {sample.id: f"unsupported_item: {flaw}" for sample in samples if (flaw := _flaw(sample))}
+        sent = [sample for sample in samples if sample.id not in job.outcomes]
+        chunks = pack(sent, self.info, most=self._chunk_images(sent))
         tasks = [asyncio.create_task(self._chunk(chunk, job)) for chunk in chunks]
         ejections = self._replicas.ejections
         try:
@@ -358,6 +374,8 @@ class RemoteClient:
         self._check_fingerprint(url, answer.fingerprint)
         if sorted(result.id for result in answer.results) != sorted(sample.id for sample in samples):
             raise FaultError(f"{url}: the answer is not about the images asked about")
+        if all(result.error is not None and result.error.code == "deadline" for result in answer.results):
+            raise FaultError(f"{url}: no image was scored in time")
         outcomes: dict[str, Outcome] = {}
         for result in answer.results:
             if (result.scores is None) == (result.error is None):
@@ -409,9 +427,33 @@ def _wire_item(sample: Sample) -> WireItem:
     return WireItem(sample.id, sample.prompt, pixels, meta=dict(sample.meta))
 
 
+def _flaw(sample: Sample) -> str:
+    """What keeps a sample out of every request, or ""."""
+    height, width, _ = sample.image.shape
+    if not MIN_SIDE <= min(height, width) <= max(height, width) <= MAX_SIDE:
+        return f"an image of {width} x {height} pixels; servers take {MIN_SIDE} to {MAX_SIDE} on a side"
+    if len(sample.prompt) > MAX_PROMPT or not 0 < len(sample.id) <= MAX_ID:
+        return f"servers take ids of 1 to {MAX_ID} and prompts of at most {MAX_PROMPT} characters"
+    if not all(isinstance(value, str | int | float) for value in sample.meta.values()):
+        return "metadata must be texts and numbers"
+    try:
+        msgspec.msgpack.encode((sample.id, sample.prompt, dict(sample.meta)))
+    except (UnicodeEncodeError, OverflowError) as error:
+        return f"its text or metadata cannot be sent: {error}"[:200]
+    return ""
+
+
 def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
+    """Repeats no password: neither an error of ours, nor any later message about this server."""
+    if "@" in url:
+        hidden = f"***{url[url.rindex('@') :]}"
+        raise ValueError(f"url {hidden!r}: holds a user name or a password; servers take a token, from token_file")
+    try:
+        parts = urlsplit(url)
+        wrong = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+    except ValueError as error:  # a port that is no number or too large, half an IPv6 address
+        raise ValueError(f"url {url!r}: expected http://host:port ({error})") from error
+    if wrong or parts.path not in ("", "/") or parts.query or parts.fragment:
         raise ValueError(f"url {url!r}: expected http://host:port")
     return f"{parts.scheme}://{parts.netloc}"
 

@@ -4,6 +4,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -25,6 +26,7 @@ _LONGEST_PAUSE_SECONDS = 30.0
 _CLOSE_SECONDS = 10.0
 _USAGE_ERROR = 2  # exit status after a mistake in the arguments: starting again changes nothing
 _TAIL_BYTES = 2000
+_LACKING = r"No module named '?([\w.]+).*\Z"  # regular expression, in the last line of a log
 # What tells a process of a distributed run its place in it. A server has none.
 _RANK_PREFIXES = ("MASTER_", "TORCHELASTIC_", "ACCELERATE_", "DEEPSPEED_", "OMPI_", "PMI_", "SLURM_PROCID")
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "NODE_RANK")
@@ -212,7 +214,9 @@ class LocalServers:
             server.process.stdin.close()
         if now - server.started_at > self._steady_seconds:
             server.restarts = 0
-        if status == _USAGE_ERROR or server.restarts == _MOST_RESTARTS:
+        # An environment that lacks the server itself ends before the server could say so by its status.
+        lacking = status == 1 and re.search(_LACKING, _tail(server.log))
+        if status == _USAGE_ERROR or lacking or server.restarts == _MOST_RESTARTS:
             server.given_up = True
             _log.critical("%s", self._failure(server, f"ended with status {status}, for good"))
             return
@@ -222,8 +226,16 @@ class LocalServers:
         _log.warning("reward server %s ended with status %s; starting it again in %.1f s", self._name, status, pause)
 
     def _failure(self, server: _Server, what: str) -> RewardUnavailableError:
+        tail = _tail(server.log)
+        lacking = re.search(_LACKING, tail)
+        remedy = (
+            f" python={self._python} lacks {lacking[1]}: make an environment by `bash scripts/make_reward_env.sh "
+            f"{self._name}` and set python to the path that it prints."
+            if lacking
+            else ""
+        )
         return RewardUnavailableError(
-            f"the server of reward {self._name} on {server.device} {what}. {server.log} ends with:\n{_tail(server.log)}"
+            f"the server of reward {self._name} on {server.device} {what}.{remedy} {server.log} ends with:\n{tail}"
         )
 
 
@@ -253,9 +265,12 @@ def _visible_device(device: str) -> str:
 
 
 def _tail(log: Path) -> str:
-    with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        return file.read().decode("utf-8", errors="replace").strip()
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            return file.read().decode("utf-8", errors="replace").strip()
+    except OSError as error:
+        return f"({error})"
 
 
 def _reserved_port() -> socket.socket:

@@ -64,7 +64,7 @@ class HPSv3:
             raise ValueError(f"max_batch={max_batch}: must be at least 1")
         self._weights, self._dtype, self._max_batch = weights, dtype, max_batch
         self._base = base if is_hub_id(base) else str(Path(base).expanduser())
-        self._device, self._fingerprint = "cpu", ""
+        self._device, self._fingerprint, self._exact = "cpu", "", False
         self._model: Any = None
 
     @property
@@ -90,6 +90,7 @@ class HPSv3:
         import torch
 
         from rewards.hpsv3.model import build, read_config
+        from rewards.vision.exact import as_products
 
         files = weight_files(self._weights)  # first, since nothing else is as likely to be missing
         try:
@@ -111,6 +112,9 @@ class HPSv3:
         )
         self._tokenizer, self._reward_id = tokenizer, ids[1]
         self._control_tokens = tuple(tokenizer.get_added_vocab())
+        self._exact = self._dtype == "float32" and device != "cpu"
+        if self._exact:
+            as_products(model)
         self._model, self._device = model.to(device), device
 
     def score(self, batch: Sequence[Sample]) -> Sequence[Mapping[str, float]]:
@@ -118,9 +122,14 @@ class HPSv3:
 
         Raises:
             ItemError: a picture is far too elongated, or a prompt contains a control token.
+            LostError: with ``dtype="float32"`` on a GPU, if this process lets it round float32 matrix products.
         """
         import torch
 
+        if self._exact:
+            from rewards.vision.exact import require_exact_products
+
+            require_exact_products()
         scores: list[dict[str, float]] = []
         with torch.inference_mode():
             for start in range(0, len(batch), self._max_batch):

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+from rewards.contract import LostError
+
 if TYPE_CHECKING:
     import aiohttp
 
@@ -43,7 +45,7 @@ class QuestionRefusedError(RuntimeError):
     """The server does not take this question, and would not take it later."""
 
 
-class JudgeRefusedError(RuntimeError):
+class JudgeRefusedError(LostError):
     """The server takes no question at all with these settings; the message names them."""
 
 
@@ -77,9 +79,8 @@ class Connection:
     attempts: int = 4
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
-            # The address is not repeated: somebody may have put a key into it.
+        if not _is_address(self.base_url):
+            # It is not repeated: somebody may have put a key into it.
             raise ValueError("base_url: give http://host:port/v1, with neither a key nor a question mark in it")
         if not self.model:
             raise ValueError("model: give the name under which the server serves the judge")
@@ -222,6 +223,15 @@ class Chat:
         if not isinstance(parsed, Mapping):
             raise TransientError("the answer is no JSON object")
         return parsed
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number or too large, half an IPv6 address
+        return False
+    return bool(known) and "@" not in url and not parts.query and not parts.fragment
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

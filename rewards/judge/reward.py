@@ -16,7 +16,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from rewards.contract import API_VERSION, ItemError, RewardInfo, Sample
+from rewards.contract import API_VERSION, ItemError, RewardInfo, Sample, UnavailableError
 from rewards.judge.answers import AnswerFormat, UnreadableError
 from rewards.judge.chat import Chat, Connection, JudgeRefusedError, QuestionRefusedError, TransientError
 from rewards.judge.unified import LICENCE, SOURCE, VERSIONS
@@ -27,6 +27,10 @@ _SLOT = "{prompt}"
 _PREPROCESSING = 1  # raise it whenever the same picture or prompt would reach the judge differently
 #: Chat templates put prompts between such tokens, and servers read them as tokens wherever they stand.
 _CONTROL = re.compile(r"<\|[^<>|\s]{1,64}\|>|</?s>|</?image>", re.IGNORECASE)
+
+
+class _NoAnswerError(ItemError):
+    """The server is at fault, or the network, and not the question."""
 
 
 class VLMJudge:
@@ -119,8 +123,11 @@ class VLMJudge:
             ItemError: a sample has no score. Whoever then scores the samples one by one, as the contract says, gets
                 what the judge already said: nothing is asked twice.
             JudgeRefusedError: the server no longer takes any question.
+            UnavailableError: none of several questions got an answer.
         """
         outcomes = self._outcomes(batch)
+        if len(batch) > 1 and all(isinstance(outcome, _NoAnswerError) for outcome in outcomes):
+            raise UnavailableError(f"no answer to any of {len(batch)} questions: {outcomes[0]}")
         error = next((outcome for outcome in outcomes if isinstance(outcome, Exception)), None)
         if error is None:
             return [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
@@ -170,8 +177,10 @@ class VLMJudge:
                 answer = await chat.answer(self._template.replace(_SLOT, sample.prompt), png)
             return self._format.read(answer)
         except TimeoutError:
-            return ItemError(f"no answer before the deadline of {self._connection.deadline_seconds:g} s")
-        except (TransientError, QuestionRefusedError, UnreadableError) as error:
+            return _NoAnswerError(f"no answer before the deadline of {self._connection.deadline_seconds:g} s")
+        except TransientError as error:
+            return _NoAnswerError(str(error))
+        except (QuestionRefusedError, UnreadableError) as error:
             return ItemError(str(error))
         except JudgeRefusedError as error:
             return error

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from rewards.contract import ItemError, Reward, Sample
-from rewards.server.batcher import Batcher, Outcome
+from rewards.server.batcher import LATE, Batcher, Outcome
 from rewards.server.compression import ENCODINGS, unfold
 from rewards.server.images import decode
 from rewards.server.limits import Limits
@@ -46,6 +46,26 @@ class RefusalError(Exception):
     def __init__(self, status: int, code: str, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.retry_after = status, code, retry_after
+
+
+class _Share:
+    """The bytes that one request holds of the budget.
+
+    Raises:
+        RefusalError: they are not to be had now.
+    """
+
+    def __init__(self, app: "RewardApp", length: int) -> None:
+        self._app, self.length = app, 0
+        self.grow(length)
+
+    def grow(self, length: int) -> None:
+        self._app.hold(length)
+        self.length += length
+
+    def release(self) -> None:
+        self._app.hold(-self.length)
+        self.length = 0
 
 
 class RewardApp:
@@ -133,7 +153,7 @@ class RewardApp:
                     source=info.source,
                     licence=info.licence,
                     example_prompts=list(info.example_prompts),
-                    fingerprint=self._reward.fingerprint(),
+                    fingerprint=self._batcher.fingerprint,
                     formats=["raw", "png", "webp", "jpeg"],
                     limits=self._limits.public(),
                 )
@@ -148,29 +168,27 @@ class RewardApp:
         deadline = time.monotonic() + self._seconds_left(request)
         length = self._body_length(request)
         compressed = "content-encoding" in request.headers
-        most = self._limits.body_bytes if compressed else length
-        with self._held(most):
+        share = _Share(self, self._limits.body_bytes if compressed else length)
+        samples: list[Sample] = []
+        try:
             body = await self._body(request, length)
             if compressed:
                 body = await asyncio.get_running_loop().run_in_executor(self._decoders, self._unfold, body)
             items = self._items(body)
-            with self._held(self._unpacked(items, most)):
-                results = await self._unless_abandoned(request, self._results(items, deadline))
-        response = ScoreResponse(v=1, fingerprint=self._reward.fingerprint(), results=results)
+            share.grow(self._unpacked(items, share.length))
+            results = await self._unless_abandoned(request, self._results(items, deadline, samples))
+        finally:
+            # The images of a request that was given up may still be in the batch at hand, and in memory.
+            self._batcher.when_let_go(samples, share.release)
+        response = ScoreResponse(v=1, fingerprint=self._batcher.fingerprint, results=results)
         return Response(msgspec.msgpack.encode(response), media_type=CONTENT_TYPE)
 
-    @contextlib.contextmanager
-    def _held(self, length: int) -> Iterator[None]:
-        """Counts the bytes of a request while it lasts, and refuses those above the budget."""
-        if self._held_bytes + length > self._limits.queued_bytes:
+    def hold(self, length: int) -> None:
+        """Count bytes of a request, negative ones when it is over; refuse those above the budget."""
+        if length > 0 and self._held_bytes + length > self._limits.queued_bytes:
             raise RefusalError(429, "overloaded", "too many images are waiting; try again later", retry_after=1.0)
         self._held_bytes += length
         self._metrics.queued_bytes.set(self._held_bytes)
-        try:
-            yield
-        finally:
-            self._held_bytes -= length
-            self._metrics.queued_bytes.set(self._held_bytes)
 
     def _authorise(self, request: Request) -> None:
         if self._tokens is None:
@@ -250,10 +268,18 @@ class RewardApp:
             )
         return pixels
 
-    async def _results(self, items: list[WireItem], deadline: float) -> list[WireResult]:
+    async def _results(self, items: list[WireItem], deadline: float, samples: list[Sample]) -> list[WireResult]:
+        """An outcome of every item, by the deadline.
+
+        Args:
+            samples: filled with those that are given to the batcher.
+        """
         loop = asyncio.get_running_loop()
-        decoded = await asyncio.gather(*(loop.run_in_executor(self._decoders, _sample, item) for item in items))
-        samples = [sample for sample in decoded if isinstance(sample, Sample)]
+        decoded: list[Sample | Failure] = [LATE] * len(items)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline - time.monotonic()):
+                decoded = await asyncio.gather(*(loop.run_in_executor(self._decoders, _sample, item) for item in items))
+        samples += [sample for sample in decoded if isinstance(sample, Sample)]
         outcomes = iter(await self._batcher.score(samples, deadline)) if samples else iter(())
         results = [
             _result(item.id, next(outcomes) if isinstance(sample, Sample) else sample)

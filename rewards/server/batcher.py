@@ -1,6 +1,7 @@
 """Collects images of all requests into batches, and scores them on a thread of their own."""
 
 import asyncio
+import faulthandler
 import logging
 import math
 import os
@@ -10,24 +11,23 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
-from rewards.contract import ItemError, Reward, Sample, out_of_memory
+from rewards.contract import ItemError, LostError, Reward, Sample, UnavailableError, is_lost, out_of_memory
 from rewards.server.limits import Limits
 from rewards.server.metrics import Metrics
+from rewards.server.trial import load_and_try
 from rewards.wire import Failure
 
 Outcome = dict[str, float] | Failure
 _log = logging.getLogger(__name__)
-_TRIAL_SIDE = 64  # pixels
 _GIVE_UP = 70  # exit status: the supervisor should start a fresh process
+_LACKING = 2  # exit status: a library is missing, and will be again
+LATE = Failure("deadline", "not scored within the time asked for")
 
 
 @dataclass
 class _Job:
     sample: Sample
     outcome: asyncio.Future[Outcome]
-    deadline: float  # of time.monotonic()
 
 
 class Batcher:
@@ -53,25 +53,30 @@ class Batcher:
         self._max_batch = reward.info.max_batch
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")
         self._jobs: deque[_Job] = deque()
+        self._at_hand: list[_Job] = []
+        self._afterwards: list[Callable[[], None]] = []  # to be done when the batch at hand is
         self._arrived = asyncio.Event()
         self._batch_started: float | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self.fingerprint = ""
         self.ready = False
 
     async def start(self) -> None:
         """Load the reward and try it, then score whatever comes. A reward that cannot be loaded ends the process."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._load)
+        self.fingerprint = await loop.run_in_executor(self._thread, self._load)
         self.ready = True
         self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._watch())]
 
     async def stop(self) -> None:
-        """Stop after the batch at hand, and close the reward."""
+        """Stop after the batch at hand, and close the reward. Watched to the end: a batch may hang now as well."""
         self.ready = False
+        for task in self._tasks[:1]:
+            task.cancel()
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._reward.close)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._reward.close)
         self._thread.shutdown()
 
     @property
@@ -81,42 +86,43 @@ class Batcher:
         return started is not None and time.monotonic() - started > self._limits.batch_seconds
 
     async def score(self, samples: Sequence[Sample], deadline: float) -> list[Outcome]:
-        """Scores, or the reason why there is none, of each sample. Cancelling drops what was not scored yet.
+        """Scores, or the reason why there is none, of each sample, at the deadline at the latest. What was not scored
+        then, or when this is cancelled, is not scored at all.
 
         Args:
-            deadline: of time.monotonic(); what is not scored by then is not scored at all.
+            samples: at least one.
+            deadline: of time.monotonic().
         """
         loop = asyncio.get_running_loop()
-        jobs = [_Job(sample, loop.create_future(), deadline) for sample in samples]
+        jobs = [_Job(sample, loop.create_future()) for sample in samples]
         self._jobs.extend(jobs)
         self._arrived.set()
+        outcomes = [job.outcome for job in jobs]
         try:
-            return list(await asyncio.gather(*(job.outcome for job in jobs)))
-        except asyncio.CancelledError:
-            for job in jobs:
-                job.outcome.cancel()
-            # At once, not when the batch at hand is done: their bytes are given back now.
-            self._jobs = deque(job for job in self._jobs if not job.outcome.done())
-            raise
+            await asyncio.wait(outcomes, timeout=max(0.0, deadline - time.monotonic()))
+            return [outcome.result() if outcome.done() else LATE for outcome in outcomes]
+        finally:
+            if not all(outcome.done() for outcome in outcomes):
+                for outcome in outcomes:
+                    outcome.cancel()
+                # At once, not when the batch at hand is done: their bytes are given back now.
+                self._jobs = deque(job for job in self._jobs if not job.outcome.done())
 
-    def _load(self) -> None:
+    def when_let_go(self, samples: Sequence[Sample], then: Callable[[], None]) -> None:
+        """Call when no batch works on these samples: now, or when the batch at hand is done."""
+        own = {id(sample) for sample in samples}
+        if any(id(job.sample) in own for job in self._at_hand):
+            self._afterwards.append(then)
+        else:
+            then()
+
+    def _load(self) -> str:
         try:
-            self._reward.load(self._device)
-            picture = np.full((_TRIAL_SIDE, _TRIAL_SIDE, 3), 127, np.uint8)
-            outcome = self._trial(Sample("trial", self._reward.info.example_prompts[0], picture))
-            if outcome is not None:
-                raise RuntimeError(f"the reward cannot score a grey picture: {outcome.message}")
-        except Exception:
+            return load_and_try(self._reward, self._device)
+        except Exception as error:
             _log.critical("the reward could not be loaded, ending", exc_info=True)
-            self._give_up(_GIVE_UP)
+            self._give_up(_LACKING if isinstance(error, ImportError) else _GIVE_UP)
             raise
-
-    def _trial(self, sample: Sample) -> Failure | None:
-        try:
-            (outcome,) = self._checked([sample], self._reward.score([sample]))
-        except ItemError:  # it wants another picture, and says so properly
-            return None
-        return outcome if isinstance(outcome, Failure) else None
 
     async def _work(self) -> None:
         while True:
@@ -130,8 +136,13 @@ class Batcher:
         if not batch:
             return
         loop = asyncio.get_running_loop()
-        self._batch_started = time.monotonic()
-        outcomes = await loop.run_in_executor(self._thread, self._score, [job.sample for job in batch])
+        self._batch_started, self._at_hand = time.monotonic(), batch
+        try:
+            outcomes = await loop.run_in_executor(self._thread, self._score, [job.sample for job in batch])
+        finally:
+            self._at_hand, afterwards, self._afterwards = [], self._afterwards, []
+            for then in afterwards:
+                then()
         self._metrics.batch_seconds.observe(time.monotonic() - self._batch_started)
         self._metrics.batch_images.observe(len(batch))
         self._batch_started = None
@@ -140,11 +151,18 @@ class Batcher:
                 job.outcome.set_result(outcome)
 
     async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(min(1.0, self._limits.batch_seconds / 4))
-            if self.overdue:
-                _log.critical("a batch takes longer than %s s: the scorer hangs, ending", self._limits.batch_seconds)
-                self._give_up(_GIVE_UP)
+        """End the process when a batch takes too long; also when its call lets no other thread run, not even this."""
+        patience = self._limits.batch_seconds
+        pause = min(1.0, patience / 4)
+        try:
+            while True:
+                faulthandler.dump_traceback_later(patience + pause, exit=True, file=2)  # stderr
+                await asyncio.sleep(pause)
+                if self.overdue:
+                    _log.critical("a batch takes longer than %s s: the scorer hangs, ending", patience)
+                    self._give_up(_GIVE_UP)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def _next_batch(self) -> list[_Job]:
         """The oldest jobs that anyone still waits for, of one size if the reward wants that."""
@@ -154,9 +172,7 @@ class Batcher:
             job = self._jobs.popleft()
             if job.outcome.done():
                 continue
-            if time.monotonic() > job.deadline:
-                job.outcome.set_result(Failure("deadline", "not scored within the time asked for"))
-            elif batch and self._reward.info.same_size and job.sample.image.shape != batch[0].sample.image.shape:
+            if batch and self._reward.info.same_size and job.sample.image.shape != batch[0].sample.image.shape:
                 later.append(job)
             else:
                 batch.append(job)
@@ -171,8 +187,8 @@ class Batcher:
             return self._checked(samples, self._reward.score(samples))
         except Exception as error:  # noqa: BLE001 - whatever a plug-in raises is an answer to its client
             self._consider(error)
-            if len(samples) == 1:
-                return [self._failure(error)]
+            if len(samples) == 1 or isinstance(error, UnavailableError):
+                return [self._failure(error)] * len(samples)
             part = 1
             if out_of_memory(error):
                 part = self._max_batch = len(samples) // 2
@@ -198,7 +214,8 @@ class Batcher:
         return Failure("scorer_error", "the reward failed on this image")
 
     def _consider(self, error: Exception) -> None:
-        """After some errors of a GPU every later call fails too: only a fresh process helps."""
-        if "CUDA error" in str(error) and not out_of_memory(error):
-            _log.critical("the GPU is lost, ending", exc_info=error)
+        """Where every later call would fail too, only a fresh process helps."""
+        if is_lost(error):
+            what = "the reward" if isinstance(error, LostError) else "the GPU"
+            _log.critical("%s is lost, ending", what, exc_info=error)
             self._give_up(_GIVE_UP)

@@ -1,5 +1,6 @@
 """How much a server accepts. Published by ``/v1/info``, so that clients cut their requests to measure."""
 
+import math
 from dataclasses import asdict, dataclass
 
 from rewards.wire import MAX_ITEMS, MAX_SIDE
@@ -17,6 +18,10 @@ class Limits:
         deadline_seconds: longest life of a request, whatever it asks for.
         batch_seconds: a batch that takes longer is taken for hung: the process ends, for its supervisor to restart.
         collect_seconds: how long a batch waits for more images.
+        connections: most connections at once; others are hung up on.
+
+    Raises:
+        ValueError: a limit is no finite number above 0, or the budget is smaller than one body.
     """
 
     body_bytes: int = 64 * 2**20
@@ -25,11 +30,12 @@ class Limits:
     deadline_seconds: float = 600.0
     batch_seconds: float = 300.0
     collect_seconds: float = 0.005
+    connections: int = 1000
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not value > 0:
-                raise ValueError(f"{name}={value}: must be > 0")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name}={value}: must be a finite number > 0")
         if self.queued_bytes < self.body_bytes:
             raise ValueError(f"queued_bytes={self.queued_bytes} must be at least body_bytes={self.body_bytes}")
 

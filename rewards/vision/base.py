@@ -25,8 +25,8 @@ class VisionReward(ABC):
     """A reward that scores stacks of pictures with a network.
 
     Args:
-        dtype: ``"float32"``, or what `torch.autocast` computes in: ``"bfloat16"`` or ``"float16"``. Weights stay in
-            float32.
+        dtype: ``"float32"``, also on GPUs without rounding to TF32 (`rewards.vision.exact`), or what `torch.autocast`
+            computes in: ``"bfloat16"`` or ``"float16"``. Weights stay in float32.
         max_batch: most pictures in one pass; more are split.
     """
 
@@ -82,12 +82,24 @@ class VisionReward(ABC):
             f"{self._identity}@{digest(model)}/{short_digest(self._details())}/preprocessing {self.preprocessing}/"
             f"{self._dtype}/{versions}"
         )
+        if self._exact(device):
+            from rewards.vision.exact import as_products
+
+            as_products(model)
         self._model, self._device = model.to(device), device
 
     def score(self, batch: Sequence[Sample]) -> Sequence[Mapping[str, float]]:
-        """The one metric of every sample."""
+        """The one metric of every sample.
+
+        Raises:
+            LostError: with ``dtype="float32"`` on a GPU, if this process lets it round float32 matrix products.
+        """
         import torch
 
+        if self._exact(self._device):
+            from rewards.vision.exact import require_exact_products
+
+            require_exact_products()
         kind = torch.device(self._device).type
         lower = torch.autocast(kind, getattr(torch, self._dtype), enabled=self._dtype != "float32")
         values: list[float] = []
@@ -97,6 +109,10 @@ class VisionReward(ABC):
                 pixels = torch.stack([self._prepare(sample.image) for sample in part]).to(self._device)
                 values += self._values(pixels, [sample.prompt for sample in part]).tolist()
         return [{self.info.metrics[0]: value} for value in values]
+
+    def _exact(self, device: str) -> bool:
+        """Whether float32 has to be defended against a GPU."""
+        return self._dtype == "float32" and device != "cpu"
 
     def fingerprint(self) -> str:
         """Name, sha256 of weights, of configs and tokenizers, version of the preprocessing, precision, libraries.

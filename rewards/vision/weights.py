@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+_COUNTED = "position_ids"
+_LAYER = r"\.(layers?|blocks|resblocks)\.\d+\."  # regular expression
 _NO_MATTER = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
@@ -86,14 +89,16 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], *, setting: str, ignore_
         model: what to load into.
         state: tensors by name.
         setting: where the weights came from, for messages.
-        ignore_others: accept tensors that the model does not have.
+        ignore_others: accept tensors that the model does not have, but no more layers than it has.
 
     Raises:
         WeightsError: a weight is missing, has another shape, or (unless ignored) is not the model's.
     """
     own = model.state_dict()
     missing = sorted(own.keys() - state.keys())
-    foreign = [] if ignore_others else sorted(state.keys() - own.keys())
+    # Places of tokens, which older files hold as well, are counted and not learnt.
+    others = {name for name in state.keys() - own.keys() if not name.endswith(_COUNTED)}
+    foreign = sorted(name for name in others if not ignore_others or re.search(_LAYER, name))
     reshaped = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
     faults = [f"{len(names)} {what} ({names[0]}, ...)" for what, names in
               (("missing", missing), ("unknown", foreign), ("of another shape", reshaped)) if names]  # fmt: skip
@@ -102,11 +107,14 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], *, setting: str, ignore_
     model.load_state_dict({name: state[name] for name in own})
 
 
-def pretrained(model_class: Any, source: str, *, setting: str) -> Any:
-    """A transformers model from a folder or the hub, in float32, refusing one that would be partly random.
+def pretrained(model_class: Any, source: str, *, setting: str, others: tuple[str, ...] = ()) -> Any:
+    """A transformers model from a folder or the hub, in float32, refusing one that would be partly random or left out.
+
+    Args:
+        others: what names of weights begin with that the file may have besides.
 
     Raises:
-        WeightsError: it cannot be had, is damaged, or lacks weights that the class needs.
+        WeightsError: it cannot be had, is damaged, lacks weights that the class needs, or has others.
     """
     import torch
 
@@ -119,11 +127,13 @@ def pretrained(model_class: Any, source: str, *, setting: str) -> Any:
         raise WeightsError(
             f"{setting}={source}: cannot be read as {model_class.__name__} ({type(error).__name__}: {error})"
         ) from error
-    absent = sorted(map(str, report["missing_keys"]))
-    if absent:
-        raise WeightsError(
-            f"{setting}={source}: lacks {len(absent)} weights of {model_class.__name__} ({absent[0]}, ...)"
-        )
+    unknown = [name for name in report["unexpected_keys"] if not name.startswith(others) and _COUNTED not in name]
+    for what, names in (("lacks", list(report["missing_keys"])), ("has besides", unknown)):
+        if names:
+            raise WeightsError(
+                f"{setting}={source}: {what} {len(names)} weights of another model than {model_class.__name__} "
+                f"({min(map(str, names))}, ...)"
+            )
     return model
 
 

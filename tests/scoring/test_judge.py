@@ -23,6 +23,7 @@ from PIL import Image
 
 from rewards import registry
 from rewards.check import check
+from rewards.client.batch import RewardUnavailableError
 from rewards.client.inproc import InprocClient
 from rewards.contract import ItemError, Sample
 from rewards.judge.answers import NUMBER, AnswerFormat, UnreadableError
@@ -336,6 +337,22 @@ def test_in_process_one_bad_answer_is_one_missing_score(
     assert [server.times(s.prompt) for s in batch] == [1, 1, 1, 0]
 
 
+def test_a_judge_that_answers_nothing_is_unavailable_and_not_asked_about_each_image(
+    server: FakeServer, judge: Callable[..., UnifiedReward]
+) -> None:
+    """A run waits for it or ends, as it says; one image without an answer is missing alone."""
+    client = InprocClient(judge(attempts=1), device="cpu")
+    down = [Reply(status=503), Reply(status=503), Reply()]
+    server.replies = {"a": down[:1] + down[2:], "b": down[1:], "c": [Reply(status=503)]}
+    with pytest.raises(RewardUnavailableError, match=r"reward unified_reward: no answer to any of 2 questions.*503"):
+        client.submit([sample("a"), sample("b")]).result(20)
+    assert (server.times("a"), server.times("b")) == (1, 1)
+    client.wait_ready(1)
+    batch = client.submit([sample("a"), sample("b"), sample("c")]).result(20)
+    client.close()
+    assert [reason is None for reason in batch.reasons] == [True, True, False]
+
+
 def test_behind_a_server_one_bad_answer_is_one_missing_score(
     server: FakeServer, judge: Callable[..., UnifiedReward]
 ) -> None:
@@ -513,6 +530,10 @@ GENERIC: dict[str, Any] = {
         {"base_url": "file:///etc/passwd"},
         {"base_url": "http://key@host/v1"},
         {"base_url": "http://host/v1?key=1"},
+        {"base_url": "http://host/v1#key"},
+        {"base_url": "http://:key@host/v1"},
+        {"base_url": "http://host:65536/v1"},
+        {"base_url": "http://host:port/v1"},
         {"api_key_env": "A", "api_key_file": "B"},
     ],
     ids=str,

@@ -70,13 +70,15 @@ class Server:
 
 @pytest.fixture(scope="session")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an installed package that announces the reward of ordered.py."""
+    """A folder with installed packages that announce the reward of ordered.py, and one that lacks a library."""
     folder = tmp_path_factory.mktemp("plugin")
     shutil.copy(Path(__file__).parent / "ordered.py", folder / "ordered_reward.py")
-    metadata = folder / "ordered_reward-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: ordered-reward\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[adagrpo.rewards]\nordered = ordered_reward:Ordered\n")
+    (folder / "broken_reward.py").write_text("import no_such_library\n")
+    for name, kind in (("ordered", "Ordered"), ("broken", "Broken")):
+        metadata = folder / f"{name}_reward-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-reward\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[adagrpo.rewards]\n{name} = {name}_reward:{kind}\n")
     return folder
 
 

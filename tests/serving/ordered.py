@@ -1,5 +1,6 @@
 """A reward for tests of the server, announced by a package of its own: slow, ordered, and faulty on demand."""
 
+import re
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -50,13 +51,16 @@ class Ordered:
 
     def score(self, batch: Sequence[Sample]) -> Sequence[Mapping[str, float]]:
         prompts = [sample.prompt for sample in batch]
-        time.sleep(0 if batch[0].id == "trial" else self._seconds)
-        if len(batch) > self._memory:
+        trial = batch[0].id == "trial"
+        time.sleep(0 if trial else self._seconds)
+        if len(batch) > self._memory and not trial:
             raise OutOfMemoryError("CUDA error: out of memory")
         if "poison" in prompts:
             raise RuntimeError("secret of the inside")
         if "refuse" in prompts:
             raise ItemError("this prompt cannot be scored")
+        if "stick" in prompts or any(prompt.startswith("stick once") and _first(prompt) for prompt in prompts):
+            re.match(r"(a+)+$", "a" * 60 + "b")  # one call of C that lets no other thread run, for years
         if "lose the GPU" in prompts:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if "hang" in prompts or any(prompt.startswith("hang once") and _first(prompt) for prompt in prompts):

@@ -1,5 +1,6 @@
 """The client against real servers that fail in every way: a score is exact or missing, and every wait ends."""
 
+import math
 import os
 import signal
 import socket
@@ -241,6 +242,22 @@ def test_a_slow_server_is_given_up_for_the_other(pair: Pair) -> None:
     assert time.monotonic() - started < 4
 
 
+@pytest.mark.slow
+def test_a_server_that_scores_nothing_in_time_is_given_up(serve: Serve, pair: Pair) -> None:
+    """It answers in time, and says so: that is no answer either."""
+    slow = serve(token=TOKEN, settings={"seconds": 30})
+    with client_of(slow, pair[1], attempt_seconds=0.5) as client:
+        batch = client.submit(samples()).result()
+    assert_exact(batch)
+    assert batch.stats["ejections"] > 0
+    late = r"60 of 60 images have no score.*no image was scored in time"
+    with (
+        client_of(slow, deadline_seconds=1.5, attempt_seconds=0.5) as client,
+        pytest.raises(RewardUnavailableError, match=late),
+    ):
+        client.submit(samples()).result()
+
+
 def test_hedging_asks_the_other_server_without_waiting_for_the_time_out(pair: Pair) -> None:
     pair[0].fault("slow", seconds=30)
     with client_of(*pair, hedge_seconds=0.3) as client:
@@ -442,19 +459,60 @@ def test_a_token_can_be_replaced_while_servers_run(serve: Serve, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "urls", [[], ["localhost:9001"], ["ftp://a:1"], ["http://a:1/v1"], ["http://a:1", "http://a:1/"]]
+    "urls",
+    [
+        [],
+        ["localhost:9001"],
+        ["ftp://a:1"],
+        ["http://a:1/v1"],
+        ["http://a:1#x"],
+        ["http://a:1", "http://a:1/"],
+        ["http://a:65536"],
+        ["http://a:0"],
+        ["http://a:b"],
+        ["http://[::1"],
+        ["http://user:secret@a:1"],
+        ["http://secret@a:1"],
+        ["ftp://user:se/c@ret@a:1", "http://a:1"],
+        ["user:secret@a:1"],
+    ],
 )
 def test_mistakes_in_addresses_are_named(urls: list[str]) -> None:
-    with pytest.raises(ValueError, match="url"):
+    """And passwords are not repeated."""
+    with pytest.raises(ValueError, match="url") as caught:
         RemoteClient(urls)
+    assert "ret" not in str(caught.value).replace("secrets", "")
+
+
+@pytest.mark.parametrize("token", ["two\nlines", "\u00e9" * 40, "with space"])
+def test_a_token_that_no_header_can_carry_is_refused(token: str) -> None:
+    with pytest.raises(ValueError, match="token") as caught:
+        RemoteClient(["http://a:1"], token=token)
+    assert token not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "change", [{"deadline_seconds": 0}, {"chunk_images": -1}, {"hedge_seconds": -1}, {"attempt_seconds": 0}]
+    "change",
+    [{"deadline_seconds": 0}, {"chunk_images": -1}, {"hedge_seconds": -1}, {"attempt_seconds": 0}]
+    + [
+        {name: value}
+        for name in ("deadline_seconds", "hedge_seconds", "cool_seconds")
+        for value in (math.nan, math.inf)
+    ],
 )
 def test_mistakes_in_settings_are_named(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         RemoteSettings(**change)
+
+
+def test_what_no_request_can_carry_is_missing_alone(pair: Pair) -> None:
+    own = samples(6, {1: "x" * 8193, 2: "\ud800"})
+    own[3] = Sample("image 3", "", picture(3, 8))
+    own[4] = Sample("i" * 65, "", picture(4))
+    with client_of(*pair) as client:
+        batch = client.submit(own).result()
+    assert_exact(batch, 6, dict.fromkeys((1, 2, 3, 4), "unsupported_item"))
+    assert "8192" in (batch.reasons[1] or "")
 
 
 def test_what_cannot_be_scored_is_refused_by_submit(pair: Pair) -> None:

@@ -1,5 +1,7 @@
 """The conformance suite: shipped rewards pass it, and every rule catches what it is there for."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -95,3 +97,20 @@ def test_a_changing_fingerprint_is_caught() -> None:
 def test_an_unknown_reward_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shape"]) == 2
     assert "did you mean shapes?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"metrics": ()},
+        {"metrics": ("a", "a")},
+        {"max_batch": 0},
+        {"tolerance": math.nan},
+        {"tolerance": -1.0},
+        {"value_range": (1.0, 1.0)},
+        {"value_range": (0.0, math.inf)},
+    ],
+)
+def test_what_a_reward_cannot_mean_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        dataclasses.replace(JpegSize.info, **wrong)

@@ -1,6 +1,8 @@
 """A reward in the process of its caller: the same answers as behind a socket."""
 
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +15,8 @@ import pytest
 from rewards.client.batch import RewardUnavailableError, pack, units
 from rewards.client.inproc import InprocClient
 from rewards.contract import ItemError, RewardInfo, Sample
+from rewards.judge.chat import JudgeRefusedError
+from tests.serving.conftest import ROOT
 from tests.serving.ordered import Greedy, Ordered
 
 INFO = replace(Ordered.info, max_batch=4)
@@ -96,22 +100,122 @@ def test_what_float32_cannot_hold_is_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "error"),
+    ("wrong", "reason"),
     [
-        (lambda batch: 1 / 0, ZeroDivisionError),
-        (lambda batch: [{"ordered": 1.0}] * (len(batch) - 1), RuntimeError),
-        (lambda batch: [{"other": 1.0}] * len(batch), KeyError),
+        (lambda batch: 1 / 0, "scorer_error: ZeroDivisionError: division by zero"),
+        (lambda batch: [], "scorer_error: RuntimeError: reward ordered gave 0 scores for 1 images"),
+        (lambda batch: [{"other": 1.0}] * len(batch), "scorer_error: KeyError: 'ordered'"),
     ],
 )
-def test_a_mistake_of_the_reward_is_raised_and_not_swallowed(wrong: Any, error: type[Exception]) -> None:
+def test_an_image_that_the_reward_fails_on_is_missing_alone(wrong: Any, reason: str) -> None:
     class Wrong(Plain):
         def score(self, batch: Sequence[Sample]) -> Any:
-            return wrong(batch)
+            scores = super().score(batch)
+            return wrong(batch) if "bad" in [sample.prompt for sample in batch] else scores
 
     client = InprocClient(Wrong(), device="cpu")
-    with pytest.raises(error):
+    batch = client.submit(samples(6, {1: "bad"})).result()
+    np.testing.assert_array_equal(batch.scores["ordered"], np.array([0, np.nan, 2, 3, 4, 5], np.float32))
+    assert batch.reasons == [None, reason, None, None, None, None]
+    client.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        JudgeRefusedError("the server answered 401"),
+        RewardUnavailableError("nobody answers"),
+    ],
+)
+def test_what_concerns_more_than_an_image_is_raised(error: Exception) -> None:
+    class Lost(Plain):
+        def score(self, batch: Sequence[Sample]) -> Any:
+            raise error
+
+    client = InprocClient(Lost(), device="cpu")
+    with pytest.raises(type(error), match=str(error)):
         client.submit(samples(3)).result()
     client.close()
+
+
+class Hanging(Plain):
+    """Hangs on the prompt "hang" until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let = threading.Event()
+
+    def score(self, batch: Sequence[Sample]) -> Any:
+        if "hang" in [sample.prompt for sample in batch]:
+            assert self.let.wait(60)
+            return [{"ordered": 99.0}] * len(batch)
+        return super().score(batch)
+
+
+def test_a_reward_that_hangs_is_given_up_and_waited_for() -> None:
+    """What it scored before counts; what it says later does not; until then it is unavailable."""
+    reward = Hanging()
+    client = InprocClient(reward, device="cpu", deadline_seconds=0.3)
+    client.wait_ready(10)
+    began = time.monotonic()
+    hangs, waits = client.submit(samples(10, {5: "hang"})), client.submit(samples(2))
+    batch = hangs.result(10)
+    np.testing.assert_array_equal(batch.scores["ordered"], np.array([0, 1, 2, 3, *[np.nan] * 6], np.float32))
+    assert batch.reasons[4] == "deadline: reward ordered gave no score within reward.ordered.deadline_seconds=0.3"
+    with pytest.raises(
+        RewardUnavailableError, match=r"ordered is still at work.*reward\.ordered\.deadline_seconds=0\.3"
+    ):
+        waits.result(10)
+    with pytest.raises(RewardUnavailableError, match="still at work"):
+        client.wait_ready(0.1)
+    assert 0.3 <= time.monotonic() - began < 8
+    reward.let.set()
+    client.wait_ready(10)
+    assert client.submit(samples(2)).result(10).scores["ordered"].tolist() == [0, 1]
+    assert np.isnan(batch.scores["ordered"][4:]).all()
+    assert reward.batches == [["0", "1", "2", "3"], ["0", "1"]]  # nothing more of what was given up
+    client.close()
+    assert reward.closed
+
+
+def test_waiting_for_its_turn_is_no_hanging() -> None:
+    client = InprocClient(Plain(seconds=0.2), device="cpu", deadline_seconds=0.6)
+    futures = [client.submit(samples(4)) for _ in range(6)]
+    assert all(future.result(20).reasons == [None] * 4 for future in futures)
+    client.close()
+
+
+def test_a_reward_that_hangs_does_not_keep_its_client_from_closing() -> None:
+    client = InprocClient(reward := Hanging(), device="cpu", deadline_seconds=0.2)
+    hangs = client.submit(samples(1, {0: "hang"}))
+    assert hangs.result(10).reasons[0]
+    waits = client.submit(samples(1))
+    began = time.monotonic()
+    client.close()
+    assert time.monotonic() - began < 5
+    assert waits.cancelled()
+    assert not reward.closed
+    reward.let.set()
+
+
+def test_a_process_with_a_hanging_reward_ends() -> None:
+    code = (
+        "import numpy as np; from rewards.client.inproc import InprocClient; from rewards.contract import Sample;"
+        "from tests.serving.ordered import Ordered; c = InprocClient(Ordered(), device='cpu', deadline_seconds=0.2);"
+        "print(c.submit([Sample('a', 'hang', np.zeros((16, 16, 3), np.uint8))]).result().reasons); c.close()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=40, check=False
+    )
+    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0)
+    assert "reward.ordered.deadline_seconds=0.2" in done.stdout
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf])
+def test_a_deadline_that_is_none_is_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match="deadline_seconds"):
+        InprocClient(Plain(), device="cpu", deadline_seconds=seconds)
 
 
 def test_a_reward_that_cannot_be_loaded_says_so_everywhere() -> None:

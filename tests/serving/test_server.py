@@ -72,8 +72,12 @@ def scores(response: ScoreResponse) -> dict[str, Any]:
 
 
 def batches(server: Server) -> float:
+    return metric(server, "reward_batch_images_count")
+
+
+def metric(server: Server, name: str) -> float:
     lines = server.get("/metrics")[1].decode().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith("reward_batch_images_count"))
+    return next(float(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def test_every_image_gets_its_own_score(serve: Serve) -> None:
@@ -187,17 +191,53 @@ def test_a_body_without_a_length_is_refused(pair: Pair) -> None:
 
 
 def test_a_body_in_chunks_ends_where_its_length_said(serve: Serve) -> None:
-    """HTTP lets the chunks win over the length, which is what the byte budget counts."""
+    """HTTP lets the chunks win over the length, which is what the byte budget counts. Who goes on sending after the
+    refusal can read it, and is hung up on."""
     server = serve()
     before = _peak_bytes(server)
     head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: 1000\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as caller:
         caller.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
-        for _ in range(100):
+        for _ in range(3):
             caller.sendall(b"100000\r\n" + bytes(2**20) + b"\r\n")
-        answer = caller.recv(4096)
-    assert answer.startswith(b"HTTP/1.1 400")
+        assert caller.recv(4096).startswith(b"HTTP/1.1 400")
+        with pytest.raises(ConnectionError):
+            for _ in range(100):
+                caller.sendall(b"100000\r\n" + bytes(2**20) + b"\r\n")
     assert _peak_bytes(server) - before < 40e6
+
+
+@pytest.mark.slow
+def test_a_refused_client_that_sends_slowly_is_hung_up_on(pair: Pair) -> None:
+    """After a 401 and a 413, although it never sends many bytes."""
+    heads = {b"401": "", b"413": f"Authorization: Bearer {TOKEN}\r\nContent-Type: {CONTENT_TYPE}\r\n"}
+    callers = [socket.create_connection(("127.0.0.1", pair[0].port), timeout=20) for _ in heads]
+    for caller, (status, head) in zip(callers, heads.items(), strict=True):
+        caller.sendall(f"POST /v1/score HTTP/1.1\r\nHost: x\r\n{head}Content-Length: 999000000\r\n\r\n".encode())
+        assert caller.recv(4096)[9:12] == status
+    for caller in callers:
+        started = time.monotonic()
+        with pytest.raises(ConnectionError):
+            while time.monotonic() - started < 20:
+                caller.sendall(b"x")
+                time.sleep(0.1)
+        caller.close()
+
+
+def test_connections_are_bounded(serve: Serve) -> None:
+    server = serve(limits={"connections": 4})
+    callers = [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(4)]
+    time.sleep(0.2)
+    with pytest.raises(OSError):
+        server.get("/healthz")
+    for caller in callers[:2]:
+        caller.close()
+    time.sleep(0.2)
+    assert scores(ask(server, body(item("b", 9)))[1]) == {"b": 9}
+    callers[2].sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert callers[2].recv(4096).startswith(b"HTTP/1.1 200")
+    for caller in callers[2:]:
+        caller.close()
 
 
 def test_a_bad_image_costs_only_its_own_score(pair: Pair) -> None:
@@ -225,13 +265,31 @@ def test_an_image_that_the_reward_fails_on_fails_alone_and_tells_nothing_of_the_
 
 
 def test_what_cannot_be_scored_in_time_is_not_scored(serve: Serve) -> None:
-    server = serve(settings={"seconds": 0.5})
-    started = time.monotonic()
-    _, response, _ = ask(server, body(*[item(str(n), n) for n in range(96)]), {"X-Deadline-Ms": "700"})
-    assert time.monotonic() - started < 1.4
-    found = list(scores(response).values())
-    assert found.count("deadline") == 32
+    server = serve(settings={"seconds": 1.0})
+    _, response, _ = ask(server, body(*[item(str(n), n) for n in range(96)]), {"X-Deadline-Ms": "1500"})
+    assert batches(server) == 1  # the answer comes at the deadline, not when the batch at hand is done
+    assert scores(response) == {str(n): n if n < 32 else "deadline" for n in range(96)}
+    assert scores(ask(server, body(item("b", 9)))[1]) == {"b": 9}
+    assert batches(server) == 3
+
+
+@pytest.mark.slow
+def test_images_of_requests_that_are_late_leave_the_queue(serve: Serve) -> None:
+    """And those in the batch at hand when that is done; so do their bytes."""
+    server = serve(settings={"seconds": 1.5}, limits={"body_bytes": 4_000_000, "queued_bytes": 8_000_000})
+    large = body(*[item(str(n), side=512) for n in range(4)])
+
+    async def both() -> list[Any]:
+        first = asyncio.create_task(post(server, large, {"X-Deadline-Ms": "400"}))
+        await asyncio.sleep(0.2)
+        return await asyncio.gather(first, post(server, large, {"X-Deadline-Ms": "300"}))
+
+    for status, response, _ in asyncio.run(both()):
+        assert (status, set(scores(response).values())) == (200, {"deadline"})
+    assert metric(server, "reward_queued_bytes") == len(large)  # of the batch at hand; the other one left the queue
+    assert ask(server, body(item("b", 9)))[0] == 200
     assert batches(server) == 2
+    assert metric(server, "reward_queued_bytes") == 0
 
 
 def test_images_nobody_waits_for_any_more_are_not_scored(serve: Serve) -> None:
@@ -392,6 +450,12 @@ def _listens(port: int) -> bool:
         (["jpeg_size", "--settings", '{"quality": 0}'], "quality=0"),
         (["jpeg_size", "--settings", '{"qualty": 9}'], "qualty"),
         (["ordered", "--limits", '{"body_bytes": 0}'], "body_bytes=0"),
+        (["ordered", "--limits", '{"batch_seconds": "1"}'], "batch_seconds=1: must be a finite number"),
+        (["ordered", "--limits", '{"batch_seconds": NaN}'], "NaN"),
+        (["ordered", "--settings", '{"seconds": 1e999}'], "settings.seconds=inf"),
+        (["ordered", "--port", "65536"], "must be 1 to 65535"),
+        (["ordered", "--host", "no-such-host.invalid"], "--host no-such-host.invalid"),
+        (["broken"], "broken-reward cannot be imported (ModuleNotFoundError: No module named 'no_such_library')"),
         (["ordered", "--token-file", "readable"], "chmod 600"),
         (["ordered", "--token-file", "short"], "at least 32"),
         (["ordered", "--token-file", "absent"], "No such file"),

@@ -99,13 +99,18 @@ def test_a_killed_server_comes_back_at_its_address_and_no_score_is_lost(local: M
     client.close()
 
 
-def test_a_scorer_that_hangs_once_costs_nothing(local: Make, tmp_path: Path) -> None:
-    """The watchdog of the server ends it, the supervisor starts it again, the client asks again."""
-    servers = local(limits={"batch_seconds": 0.5})
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("hang", "the scorer hangs"), pytest.param("stick", "Timeout (0:00:02", marks=pytest.mark.slow)],
+)
+def test_a_scorer_that_hangs_once_costs_nothing(how: str, said: str, local: Make, tmp_path: Path) -> None:
+    """A watchdog of the server ends it, also where no thread of it can run; the supervisor starts it again, the client
+    asks again."""
+    servers = local(limits={"batch_seconds": 0.5 if how == "hang" else 1.7})
     servers.wait_ready(30)
     client = client_of(servers)
-    assert_exact(client.submit(samples(prompts={7: f"hang once {tmp_path / 'flag'}"})).result())
-    assert "the scorer hangs" in (tmp_path / "logs/ordered-0.log").read_text()
+    assert_exact(client.submit(samples(prompts={7: f"{how} once {tmp_path / 'flag'}"})).result())
+    assert said in (tmp_path / "logs/ordered-0.log").read_text()
     client.close()
 
 
@@ -146,6 +151,30 @@ def test_a_mistake_in_the_settings_is_told_at_once(local: Make) -> None:
     assert time.monotonic() - started < 10
 
 
+LACKING = """#!{python}
+import runpy, sys
+class Lacks:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] == "{library}":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Lacks())
+sys.argv = sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("library", ["rewards", "numpy", "uvicorn"])
+def test_an_environment_that_lacks_something_is_named_at_once(library: str, local: Make, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(LACKING.format(python=sys.executable, library=library))
+    python.chmod(0o755)
+    servers = local(python=python)
+    expected = rf"ended, and starting.*python={python} lacks {library}:.*make_reward_env\.sh ordered"
+    with pytest.raises(RewardUnavailableError, match=expected):
+        servers.wait_ready(60)
+    assert servers._servers[0].restarts == 0
+
+
 def test_a_reward_that_cannot_be_loaded_is_tried_some_times_and_told(
     local: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -173,13 +202,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 from rewards.client.supervisor import LocalServers
 servers = LocalServers("ordered", settings={}, devices=["cpu"] * 2, log_folder=Path(sys.argv[1])).start()
 servers.wait_ready(30)
-if sys.argv[2] == "hang":
+if sys.argv[2] == "stuck":
     from rewards.client.remote import RemoteClient
     from rewards.contract import Sample
     import numpy
-    client = RemoteClient(servers.urls, token=servers.token)
-    client.submit([Sample("a", "hang", numpy.zeros((16, 16, 3), numpy.uint8))])
-    time.sleep(0.5)
+    client = RemoteClient(servers.urls[:1], token=servers.token)
+    client.submit([Sample("a", "stick", numpy.zeros((16, 16, 3), numpy.uint8))])
+    time.sleep(0.7)
+    os.kill(servers.processes[1], signal.SIGSTOP)
 print(*servers.processes, flush=True)
 if sys.argv[2] == "raise":
     raise RuntimeError("elsewhere")
@@ -194,11 +224,13 @@ time.sleep(60)
         (signal.SIGTERM, "sleep"),
         (signal.SIGINT, "sleep"),
         (None, "raise"),
-        pytest.param(signal.SIGKILL, "hang", marks=pytest.mark.slow),
+        pytest.param(
+            signal.SIGKILL, "stuck", marks=pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux")
+        ),
     ],
 )
 def test_no_server_outlives_the_run(end: signal.Signals | None, what: str, plugin: Path, tmp_path: Path) -> None:
-    """Not even one whose scorer hangs."""
+    """Not even one whose interpreter is stuck in one call of C, nor one that is stopped."""
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER, str(tmp_path), what],
         env=environment(plugin),
@@ -211,11 +243,15 @@ def test_no_server_outlives_the_run(end: signal.Signals | None, what: str, plugi
     servers = [int(word) for word in trainer.stdout.readline().split()]
     assert len(servers) == 2
     assert all(alive(pid) for pid in servers)
-    if end is not None:
-        trainer.send_signal(end)
-    trainer.wait(timeout=10)
-    trainer.stdout.close()
-    wait_until(lambda: not any(alive(pid) for pid in servers), 10)
+    try:
+        if end is not None:
+            trainer.send_signal(end)
+        trainer.wait(timeout=10)
+        trainer.stdout.close()
+        wait_until(lambda: not any(alive(pid) for pid in servers), 10)
+    finally:
+        for pid in filter(alive, servers):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
 """Every reward that a run can choose: its file fits the plug-in it names."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from adagrpo_train import build
 from adagrpo_train.errors import ConfigError
+from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.scoring import connect
+from adagrpo_train.scoring.entry import RewardEntry
 from adagrpo_train.settings import group_options, read_settings
 from rewards import registry
+from rewards.contract import Sample
 
 CHOSEN = {
     "custom": ["reward.custom.reward=jpeg_size", "reward.custom.weights.jpeg_size=1.0"],
@@ -79,3 +84,22 @@ def test_the_weights_of_a_reward_for_evaluation_do_not_count() -> None:
     settings = read_settings(["reward=[shapes,jpeg_size]", "reward.jpeg_size.role=evaluation"])
     entry = build._entry("jpeg_size", settings.values["reward"]["jpeg_size"])
     assert entry.weights == {}
+
+
+def test_a_reward_that_hangs_in_process_is_given_up_after_its_own_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.SHIPPED, "ordered", "tests.serving.ordered:Ordered")
+    entry = RewardEntry(name="slow", reward="ordered", settings={}, weights={"ordered": 1.0}, deadline_seconds=0.3)
+    rewards = connect.Rewards([entry], engine=Engine(kind="single", device="cpu"), log_dir=Path())
+    batch = rewards.sources[0].client.submit([Sample("0", "hang", np.zeros((8, 8, 3), np.uint8))]).result(20)
+    rewards.close()
+    assert np.isnan(batch.scores["ordered"]).all()
+    assert "deadline_seconds=0.3" in (batch.reasons[0] or "")
+
+
+def test_nobody_reads_the_password_of_an_address() -> None:
+    for mode in ("inproc", "remote"):
+        section = read_settings(["reward.shapes.urls=['http://me:secret@host:1']", f"reward.shapes.mode={mode}"])
+        with pytest.raises(ConfigError, match=r"reward\.shapes\.urls=.*host:1") as refused:
+            entry = build._entry("shapes", section.values["reward"]["shapes"])
+            connect.Rewards([entry], engine=Engine(kind="single", device="cpu"), log_dir=Path())
+        assert "secret" not in str(refused.value)

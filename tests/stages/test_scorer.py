@@ -442,6 +442,8 @@ def test_settings_that_cannot_work_are_refused(
         ({"device": "cpu", "mode": "local"}, r"belongs to reward\.r\.mode=inproc"),
         ({"max_bad_fraction": 1.0}, "max_bad_fraction=1.0"),
         ({"deadline_seconds": 0.0}, "deadline_seconds=0.0"),
+        ({"deadline_seconds": math.inf}, "deadline_seconds=inf"),
+        ({"hedge_seconds": math.nan}, "hedge_seconds=nan"),
         ({"hedge_seconds": -1.0}, "hedge_seconds=-1.0"),
     ],
 )

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import values
+from small_models import samples, values
 
 from rewards.clip_score import ClipScore
 from rewards.contract import Sample
@@ -94,6 +96,40 @@ def test_a_file_that_holds_no_weights_is_named(content: bytes, open_clip: Module
     (tmp_path / "weights.pt").write_bytes(content)
     with pytest.raises(WeightsError, match=r"architecture=ViT-B-32, weights="):
         ClipScore(architecture="ViT-B-32", weights=str(tmp_path / "weights.pt")).load("cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.update(extra=torch.zeros(1)), r"1 unknown \(extra"),
+        (lambda state: state.pop("visual.proj"), r"1 missing \(visual.proj"),
+        (
+            lambda state: state.update({"visual.positional_embedding": torch.zeros(101, 64)}),
+            r"of another shape \(visual.positional_embedding",
+        ),
+    ],
+)
+def test_weights_of_another_model_are_refused_and_not_stretched(
+    change: Callable[[dict[str, torch.Tensor]], Any],
+    message: str,
+    open_clip: ModuleType,
+    small_clip: tuple[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = small_clip[1].parent
+    (folder / "small.json").write_text(Path(small_clip[0]).read_text())
+    open_clip.add_model_config(folder / "small.json")
+    good = ClipScore(architecture="small", weights=str(small_clip[1]))
+    good.load("cpu")
+    same = ClipScore(architecture=f"local-dir:{folder}", weights=None)
+    same.load("cpu")
+    scored = samples(["a red circle"])
+    assert good.score(scored) == same.score(scored)
+    content = torch.load(small_clip[1], weights_only=True)
+    change(content["state_dict"])
+    torch.save(content, small_clip[1])
+    with pytest.raises(WeightsError, match=message):
+        good.load("cpu")
 
 
 def test_weights_beside_an_architecture_that_has_its_own_are_refused() -> None:

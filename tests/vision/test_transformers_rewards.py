@@ -78,8 +78,19 @@ def test_pickscore_refuses_a_model_that_would_be_partly_random(clip_folder: Path
     tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION))
     tower.save_pretrained(clip_folder)
     CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=24).save_pretrained(clip_folder)
-    with pytest.raises(WeightsError, match=r"lacks \d+ weights of CLIPModel"):
+    with pytest.raises(WeightsError, match=r"lacks \d+ weights of another model than CLIPModel"):
         PickScore(model=str(clip_folder), tokenizer=str(TOKENIZER)).load("cpu")
+
+
+def test_pickscore_and_aesthetic_refuse_a_model_that_would_be_left_out(clip_folder: Path, predictor: Path) -> None:
+    """Its config says one layer of two."""
+    config = json.loads((clip_folder / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 1
+    (clip_folder / "config.json").write_text(json.dumps(config))
+    pickscore = PickScore(model=str(clip_folder), tokenizer=str(TOKENIZER))
+    for reward in (pickscore, Aesthetic(model=str(clip_folder), predictor=str(predictor))):
+        with pytest.raises(WeightsError, match=r"has besides \d+ weights of another model.*encoder\.layers\.1\."):
+            reward.load("cpu")
 
 
 def test_a_tokenizer_without_a_vocabulary_is_refused(clip_folder: Path, image_reward_settings: dict) -> None:
@@ -204,6 +215,15 @@ def test_image_reward_pixels_equal_the_packages(number: int) -> None:
     stride = RECORDED["stride"]
     pixels = crop_to_square(picture(number, SIZES[number]), 224, centre="rounded")[:, ::stride, ::stride].flatten()
     np.testing.assert_allclose(pixels, RECORDED["pixels"][number], rtol=0, atol=1e-6)
+
+
+def test_image_reward_refuses_a_file_of_more_layers(image_reward_settings: dict) -> None:
+    path = Path(image_reward_settings["weights"])
+    state = torch.load(path, weights_only=True)
+    state["blip.text_encoder.encoder.layer.9.output.dense.bias"] = torch.zeros(4)
+    torch.save(state | {"blip.text_decoder.bias": torch.zeros(4), "blip.x.position_ids": torch.zeros(4)}, path)
+    with pytest.raises(WeightsError, match=r"1 unknown \(text\.encoder\.layer\.9\."):
+        ImageReward(**image_reward_settings).load("cpu")
 
 
 def test_image_reward_refuses_a_file_that_lacks_a_weight(image_reward_settings: dict) -> None:
