@@ -1,5 +1,6 @@
 """What every diffusers text-to-image pipeline shares as a flow model: loading, decoding, export. Nothing about RL."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,6 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from adagrpo_train.errors import ConfigError
+
+ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+"""The attention of image and text together, in diffusers' names. Flow-GRPO adapts these in Stable Diffusion 3.5
+(yifan123/flow_grpo@ac4c86e scripts/train_sd3.py)."""
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+"""Flow-GRPO and AdaGRPO adapt these too in FLUX.1 (Bujiazi/GRPO-Series@c4028f9 train.py)."""
 
 
 class PipelineModel:
@@ -29,7 +45,7 @@ class PipelineModel:
         ConfigError: the pipeline cannot be loaded, or a setting is out of range.
     """
 
-    lora_scopes: ClassVar[Mapping[str, tuple[str, ...]]]
+    lora_scopes: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention": ATTENTION, "all": ATTENTION + FEED_FORWARD}
     """Scope -> suffixes of the modules that adapters of that scope attach to."""
 
     def __init__(
@@ -65,11 +81,12 @@ class PipelineModel:
 
     @property
     def patch_size(self) -> int:
-        """Latent pixels, in height and in width, that make one token of the transformer."""
+        """Latent pixels, in height and in width, of one token of the transformer."""
         raise NotImplementedError
 
     @property
     def latent_channels(self) -> int:
+        """Channels of a latent."""
         raise NotImplementedError
 
     @property
@@ -118,23 +135,76 @@ def load(pipeline_class: Any, path: str, dtype: torch.dtype, without: Sequence[s
     Raises:
         ConfigError: says why it cannot be loaded, and the remedy.
     """
+    import httpx
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
-    if looks_local and not (Path(path).expanduser() / "model_index.json").is_file():
-        raise ConfigError(f"model.path={path}: no diffusers pipeline there (model_index.json is missing)")
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or folder.exists()
+    if looks_local:
+        _check_folder(path, folder, pipeline_class.__name__, without)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    source = str(folder) if looks_local else path
     try:
-        return pipeline_class.from_pretrained(
-            str(Path(path).expanduser()) if looks_local else path, dtype=dtype, **dict.fromkeys(without)
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"model.path={path}: cannot load the pipeline ({error}). A gated model needs its licence accepted on the "
-            "hub and `hf auth login`; without network give a local folder"
-        ) from error
+        pipeline = pipeline_class.from_pretrained(source, dtype=dtype, **dict.fromkeys(without))
+    # diffusers raises an OSError of its own or the hub's; httpx's time-outs are none, a wrong id is a ValueError.
+    except (OSError, ValueError, httpx.TransportError) as error:
+        reason = _incomplete(folder) if looks_local else _refused(path, error)
+        raise ConfigError(f"model.path={path}: {reason} ({str(error).strip()})") from error
+    absent = [
+        name
+        for name, part in pipeline.components.items()
+        if part is None and name not in (*without, *pipeline_class._optional_components)
+    ]
+    if absent:
+        raise ConfigError(f"model.path={path}: has no {' and no '.join(absent)}")
+    return pipeline
+
+
+def _check_folder(path: str, folder: Path, name: str, without: Sequence[str]) -> None:
+    """Refuse a folder that is not, or not wholly, the named pipeline."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ConfigError(f"model.path={path}: no diffusers pipeline there (model_index.json is missing)")
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"model.path={path}: {index.name} is damaged ({error}); download it again") from error
+    found = entries.get("_class_name")
+    if found != name:
+        raise ConfigError(f"model.path={path}: holds a {found}, this model is a {name}; choose another model=")
+    for component, library in entries.items():
+        present = isinstance(library, list) and library[0] is not None and component not in without
+        if present and not (folder / component).is_dir():
+            raise ConfigError(f"model.path={path}: the folder {component} is missing; download it again")
+
+
+def _incomplete(folder: Path) -> str:
+    """What is wrong with a folder whose parts are there but cannot be loaded."""
+    return f"a file in {folder} is missing or damaged; download the folder again"
+
+
+def _refused(path: str, error: BaseException) -> str:
+    """Why a hub id cannot be loaded, and the remedy."""
+    from huggingface_hub import errors
+
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if caused_by(errors.GatedRepoError):
+        return f"gated: accept its licence at https://huggingface.co/{path}, then `hf auth login` or set HF_TOKEN"
+    if caused_by(errors.RepositoryNotFoundError, errors.HFValidationError):
+        return "no such folder, and no such model on the hub or a private one: check the name, or `hf auth login`"
+    if caused_by(errors.RemoteEntryNotFoundError):
+        return "the hub's model is no diffusers pipeline, or lacks a file"
+    return f"neither the hub nor a local copy can be reached: `hf download {path}` with network, or give a folder"
 
 
 def _dtype(name: str) -> torch.dtype:
