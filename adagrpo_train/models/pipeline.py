@@ -1,6 +1,7 @@
 """What every diffusers text-to-image pipeline shares as a flow model: loading, decoding, export. Nothing about RL."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from adagrpo_train.errors import ConfigError
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ATTENTION = (
     "attn.to_q",
     "attn.to_k",
@@ -135,35 +137,32 @@ def load(pipeline_class: Any, path: str, dtype: torch.dtype, without: Sequence[s
     Raises:
         ConfigError: says why it cannot be loaded, and the remedy.
     """
-    import httpx
     from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.errors import HTTPError
+    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or folder.exists()
     if looks_local:
-        _check_folder(path, folder, pipeline_class.__name__, without)
+        _check_folder(path, folder, pipeline_class, without)
+    elif not _HUB_ID.fullmatch(path):
+        raise ConfigError(f"model.path={path}: no such folder, and no id of a model on the hub, OWNER/NAME")
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     source = str(folder) if looks_local else path
     try:
-        pipeline = pipeline_class.from_pretrained(source, dtype=dtype, **dict.fromkeys(without))
-    # diffusers raises an OSError of its own or the hub's; httpx's time-outs are none, a wrong id is a ValueError.
-    except (OSError, ValueError, httpx.TransportError) as error:
+        # Without safetensors a missing file would be sought as a pickle, which may run anything.
+        pipeline = pipeline_class.from_pretrained(source, dtype=dtype, use_safetensors=True, **dict.fromkeys(without))
+    except (OSError, ValueError, SafetensorError, HTTPError) as error:  # the hub's time-outs are no OSError
         reason = _incomplete(folder) if looks_local else _refused(path, error)
         raise ConfigError(f"model.path={path}: {reason} ({str(error).strip()})") from error
-    absent = [
-        name
-        for name, part in pipeline.components.items()
-        if part is None and name not in (*without, *pipeline_class._optional_components)
-    ]
-    if absent:
-        raise ConfigError(f"model.path={path}: has no {' and no '.join(absent)}")
+    _check_tokenizers(path, pipeline)
     return pipeline
 
 
-def _check_folder(path: str, folder: Path, name: str, without: Sequence[str]) -> None:
-    """Refuse a folder that is not, or not wholly, the named pipeline."""
+def _check_folder(path: str, folder: Path, pipeline_class: Any, without: Sequence[str]) -> None:
+    """Refuse a folder that is not, or not wholly, a pipeline of that class."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise ConfigError(f"model.path={path}: no diffusers pipeline there (model_index.json is missing)")
@@ -171,13 +170,29 @@ def _check_folder(path: str, folder: Path, name: str, without: Sequence[str]) ->
         entries = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"model.path={path}: {index.name} is damaged ({error}); download it again") from error
-    found = entries.get("_class_name")
+    found, name = entries.get("_class_name"), pipeline_class.__name__
     if found != name:
         raise ConfigError(f"model.path={path}: holds a {found}, this model is a {name}; choose another model=")
     for component, library in entries.items():
-        present = isinstance(library, list) and library[0] is not None and component not in without
-        if present and not (folder / component).is_dir():
+        if component in (*without, *pipeline_class._optional_components) or not isinstance(library, list):
+            continue
+        if library[0] is None:
+            raise ConfigError(f"model.path={path}: has no {component}")
+        if not (folder / component).is_dir():
             raise ConfigError(f"model.path={path}: the folder {component} is missing; download it again")
+
+
+def _check_tokenizers(path: str, pipeline: Any) -> None:
+    """Refuse a tokenizer without its vocabulary, which transformers makes up where the file is missing."""
+    for name, encoder in pipeline.components.items():
+        if name.startswith("text_encoder") and encoder is not None:
+            tokenizer = name.replace("text_encoder", "tokenizer")
+            known, embedded = len(getattr(pipeline, tokenizer)), encoder.config.vocab_size
+            if known < 0.9 * embedded:
+                raise ConfigError(
+                    f"model.path={path}: {tokenizer} knows {known} tokens, {name} has {embedded}: a file of the folder "
+                    f"{tokenizer} is missing or damaged; download it again"
+                )
 
 
 def _incomplete(folder: Path) -> str:
@@ -186,25 +201,28 @@ def _incomplete(folder: Path) -> str:
 
 
 def _refused(path: str, error: BaseException) -> str:
-    """Why a hub id cannot be loaded, and the remedy."""
+    """Why a model of the hub cannot be loaded, and the remedy."""
     from huggingface_hub import errors
 
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
+    causes: list[BaseException] = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-
-    def caused_by(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    if caused_by(errors.GatedRepoError):
-        return f"gated: accept its licence at https://huggingface.co/{path}, then `hf auth login` or set HF_TOKEN"
-    if caused_by(errors.RepositoryNotFoundError, errors.HFValidationError):
-        return "no such folder, and no such model on the hub or a private one: check the name, or `hf auth login`"
-    if caused_by(errors.RemoteEntryNotFoundError):
-        return "the hub's model is no diffusers pipeline, or lacks a file"
-    return f"neither the hub nor a local copy can be reached: `hf download {path}` with network, or give a folder"
+    remedies: dict[tuple[type[BaseException], ...], str] = {
+        (
+            errors.GatedRepoError,
+        ): f"gated: accept its licence at https://huggingface.co/{path}, then `hf auth login` or set HF_TOKEN",
+        (errors.RepositoryNotFoundError,): "no such model on the hub, or a private one: check it, or `hf auth login`",
+        (errors.RemoteEntryNotFoundError,): "the hub's model lacks a file of a diffusers pipeline",
+        (
+            errors.HTTPError,
+            errors.OfflineModeIsEnabled,
+            errors.LocalEntryNotFoundError,
+        ): f"the hub cannot be reached; `hf download {path}` beforehand, or give a folder",
+    }
+    for kinds, remedy in remedies.items():
+        if any(isinstance(cause, kinds) for cause in causes):
+            return remedy
+    return "cannot be loaded"
 
 
 def _dtype(name: str) -> torch.dtype:
