@@ -33,17 +33,7 @@ def test_latents_and_images_equal_the_stock_pipeline(folder: Path, schedule: str
     stock.set_progress_bar_config(disable=True)
     guidance_scale = 3.5 if stock.transformer.config.guidance_embeds else 0.0
     model = flux_model(folder, guidance_scale=guidance_scale, schedule=schedule, num_steps=num_steps)
-    sampler = FlowSampler(
-        transition=FlowSDE(noise_level=0.7),
-        plan=EveryStep(shared_noise=False),
-        sigmas=model.sigmas,
-        latent_shape=model.latent_shape,
-        latent_dtype=model.dtype,
-        group_size=2,
-        micro_batch=64,
-        seed=3,
-        device=model.device,
-    )
+    sampler = _sampler(model, FlowSDE(noise_level=0.7), micro_batch=64)
 
     def velocity(x, sigma, conditions):
         return model.velocity(model.transformer, x, sigma, conditions)
@@ -70,6 +60,26 @@ def test_latents_and_images_equal_the_stock_pipeline(folder: Path, schedule: str
     torch.testing.assert_close(latents.pack(ours), packed, rtol=0, atol=1e-5)
     assert np.abs(model.decode(ours).astype(float) - images * 255).max() <= 0.5 + 255e-5  # the rounding of uint8
     assert (model.decode(ours) == (images * 255).round().astype(np.uint8)).mean() > 0.999
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_gives_the_rollouts_log_probability_bit_for_bit(folder: Path, dtype: str) -> None:
+    model = flux_model_of(folder, dtype=dtype)
+    transition = FlowSDE(noise_level=0.9)
+    sampler = _sampler(model, transition, micro_batch=4)
+
+    def velocity(x, sigma, conditions):
+        return model.velocity(model.transformer, x, sigma, conditions)
+
+    conditions = model.encode(list(PROMPTS.texts))
+    rollout = sampler.roll_out(velocity, conditions, PROMPTS, None, iteration=1)
+    model.transformer.requires_grad_(True)
+    for batch in rollout.transitions:
+        v = velocity(batch.x, batch.sigma, conditions[batch.prompt])
+        assert v.requires_grad
+        assert v.dtype == model.dtype
+        step = transition.step(batch.x, v, batch.sigma, batch.sigma_next, sampler.sigma_max)
+        assert torch.equal(transition.log_prob(batch.x_next, step), batch.log_prob)
 
 
 @pytest.mark.parametrize("image_seq_len", [16, 64])
@@ -127,6 +137,20 @@ def test_a_setting_out_of_range_is_refused(folder: Path, change: dict[str, Any],
     with pytest.raises(ConfigError) as caught:
         flux_model_of(folder, **change)
     assert message in str(caught.value)
+
+
+def _sampler(model: FluxModel, transition: FlowSDE, *, micro_batch: int) -> FlowSampler:
+    return FlowSampler(
+        transition=transition,
+        plan=EveryStep(shared_noise=False),
+        sigmas=model.sigmas,
+        latent_shape=model.latent_shape,
+        latent_dtype=model.dtype,
+        group_size=2,
+        micro_batch=micro_batch,
+        seed=3,
+        device=model.device,
+    )
 
 
 def flux_model_of(folder: Path, **changes: Any) -> FluxModel:
