@@ -4,7 +4,7 @@ Configs: diffusers' scripts/convert_sd3_to_diffusers.py and convert_flux_to_diff
 folders, and the released config.json of each part.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -107,7 +107,17 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
     def from_pretrained(path: str, *, dtype: torch.dtype, use_safetensors: bool, **_: None) -> Any:
-        return pipeline(hub[path]).to(dtype)
+        whole = pipeline(hub[path])
+        whole.transformer.to = partial(_stay, whole.transformer)
+        whole.to = lambda device: whole
+        for part in (whole.transformer, whole.vae):
+            torch.nn.Module.to(part, dtype)
+        return whole
 
     for kind in (StableDiffusion3Pipeline, FluxPipeline):
         monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+
+
+def _stay(module: torch.nn.Module, *_: Any, **__: Any) -> torch.nn.Module:
+    """Weights that are nowhere go nowhere."""
+    return module
