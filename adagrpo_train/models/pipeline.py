@@ -158,6 +158,7 @@ def load(pipeline_class: Any, path: str, dtype: torch.dtype, without: Sequence[s
         reason = _incomplete(folder) if looks_local else _refused(path, error)
         raise ConfigError(f"model.path={path}: {reason} ({str(error).strip()})") from error
     _check_tokenizers(path, pipeline)
+    _check_scheduler(path, pipeline.scheduler)
     return pipeline
 
 
@@ -193,6 +194,26 @@ def _check_tokenizers(path: str, pipeline: Any) -> None:
                     f"model.path={path}: {tokenizer} knows {known} tokens, {name} has {embedded}: a file of the folder "
                     f"{tokenizer} is missing or damaged; download it again"
                 )
+
+
+def _check_scheduler(path: str, scheduler: Any) -> None:
+    """Refuse a grid of sigmas that functional/schedules.py does not make: evaluation must draw what the stock pipeline
+    draws."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if name != "FlowMatchEulerDiscreteScheduler":
+        raise ConfigError(f"model.path={path}: its scheduler is a {name}; FlowMatchEulerDiscreteScheduler is needed")
+    plain = {
+        "invert_sigmas": False,
+        "shift_terminal": None,
+        "stochastic_sampling": False,
+        "time_shift_type": "exponential",
+        "use_beta_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_karras_sigmas": False,
+    }
+    for key, value in plain.items():
+        if config[key] != value:
+            raise ConfigError(f"model.path={path}: {key}={config[key]} of its scheduler is not supported, only {value}")
 
 
 def _incomplete(folder: Path) -> str:
