@@ -1,0 +1,144 @@
+"""What every diffusers text-to-image pipeline shares as a flow model: loading, decoding, export. Nothing about RL."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adagrpo_train.errors import ConfigError
+
+
+class PipelineModel:
+    """A diffusers pipeline with a transformer, a VAE and text encoders. A family adds its `encode`, its time grid
+    `sigmas`, its `velocity`, the channels of a latent and the modules that adapters attach to.
+
+    Args:
+        pipeline_class: the diffusers class to load with.
+        path: folder in diffusers' layout, or a hub id.
+        without: components that are not loaded.
+        dtype: "float32", "bfloat16" or "float16"; of all weights and of the latents the network sees.
+        device: where everything lives.
+        resolution: image height and width in pixels.
+        num_steps: T, sampling steps of rollouts and of evaluation.
+        decode_batch: most images decoded at once.
+
+    Raises:
+        ConfigError: the pipeline cannot be loaded, or a setting is out of range.
+    """
+
+    lora_scopes: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Scope -> suffixes of the modules that adapters of that scope attach to."""
+
+    def __init__(
+        self,
+        *,
+        pipeline_class: type,
+        path: str,
+        without: Sequence[str],
+        dtype: str,
+        device: torch.device,
+        resolution: int,
+        num_steps: int,
+        decode_batch: int,
+    ) -> None:
+        if num_steps < 2:
+            raise ConfigError(f"model.num_steps={num_steps}: need at least 2, one of them stochastic")
+        if decode_batch < 1:
+            raise ConfigError(f"model.decode_batch={decode_batch}: must be >= 1")
+        self.dtype, self.device = _dtype(dtype), device
+        self.pipeline = load(pipeline_class, path, self.dtype, without).to(device)
+        self.num_steps, self._decode_batch = num_steps, decode_batch
+        step = self.pipeline.vae_scale_factor * self.patch_size
+        if resolution < step or resolution % step:
+            raise ConfigError(f"model.resolution={resolution}: must be a multiple of {step}")
+        self._resolution = resolution
+        for part in (self.pipeline.vae, self.pipeline.transformer, *self.text_encoders()):
+            part.requires_grad_(False)
+            part.eval()
+
+    @property
+    def transformer(self) -> nn.Module:
+        return self.pipeline.transformer
+
+    @property
+    def patch_size(self) -> int:
+        """Latent pixels, in height and in width, that make one token of the transformer."""
+        raise NotImplementedError
+
+    @property
+    def latent_channels(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self._resolution // self.pipeline.vae_scale_factor
+        return (self.latent_channels, side, side)
+
+    def lora_targets(self, scope: str) -> list[str]:
+        """Module suffixes for adapters: "attention", or "all" for attention and feed-forward layers."""
+        if scope not in self.lora_scopes:
+            raise ConfigError(f"trainable.targets={scope}: choose {' or '.join(self.lora_scopes)}")
+        return list(self.lora_scopes[scope])
+
+    def text_encoders(self) -> Iterator[nn.Module]:
+        """The text encoders that are loaded."""
+        for name, component in self.pipeline.components.items():
+            if name.startswith("text_encoder") and component is not None:
+                yield component
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> np.ndarray:
+        """Images uint8 [N, H, W, 3] of clean latents [N, *latent], as the stock pipeline makes them."""
+        vae = self.pipeline.vae
+        parts = []
+        for latents in x0.split(self._decode_batch):
+            scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+            images = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+            parts.append(self.pipeline.image_processor.postprocess(images, output_type="np"))
+        return (np.concatenate(parts) * 255).round().astype(np.uint8)
+
+    def export_lora(self, folder: Path, weights: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write adapters for `pipe.load_lora_weights(folder)`. The metadata carries alpha, without which stock
+        diffusers would assume alpha = rank and scale them wrongly."""
+        self.pipeline.save_lora_weights(
+            str(folder), transformer_lora_layers=dict(weights), transformer_lora_adapter_metadata=metadata
+        )
+
+    def export_full(self, folder: Path) -> None:
+        """Write the whole pipeline for `from_pretrained(folder, ...)` of its class."""
+        self.pipeline.save_pretrained(str(folder))
+
+
+def load(pipeline_class: Any, path: str, dtype: torch.dtype, without: Sequence[str]) -> Any:
+    """A pipeline from a folder or the hub, without the named components.
+
+    Raises:
+        ConfigError: says why it cannot be loaded, and the remedy.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
+    if looks_local and not (Path(path).expanduser() / "model_index.json").is_file():
+        raise ConfigError(f"model.path={path}: no diffusers pipeline there (model_index.json is missing)")
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        return pipeline_class.from_pretrained(
+            str(Path(path).expanduser()) if looks_local else path, dtype=dtype, **dict.fromkeys(without)
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"model.path={path}: cannot load the pipeline ({error}). A gated model needs its licence accepted on the "
+            "hub and `hf auth login`; without network give a local folder"
+        ) from error
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigError(f"model.dtype={name}: choose one of {', '.join(known)}")
+    return known[name]
