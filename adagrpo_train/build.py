@@ -13,17 +13,20 @@ from hydra.utils import instantiate
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from adagrpo_train.algorithms.visits import Visits
 from adagrpo_train.errors import AdaGRPOError, CheckpointError, ConfigError
 from adagrpo_train.evaluator import Evaluator
 from adagrpo_train.functional.schedules import warmup_constant_anneal
-from adagrpo_train.interfaces import Tracker
+from adagrpo_train.interfaces import PromptSource, Tracker
 from adagrpo_train.prompts.source import PromptFile, read_prompts
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime import checkpoint
 from adagrpo_train.runtime.checkpoint import Checkpoints, Snapshot
 from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.files import fingerprint
+from adagrpo_train.runtime.network import Computation
 from adagrpo_train.runtime.policy import Policy
+from adagrpo_train.runtime.prompt_cache import PromptEncoder
 from adagrpo_train.scoring.connect import Rewards
 from adagrpo_train.scoring.entry import RewardEntry
 from adagrpo_train.scoring.scorer import Scorer
@@ -34,7 +37,16 @@ from adagrpo_train.types import RunInfo
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-FREE_ON_RESUME = ("iterations", "resume", "tracker", "evaluation.every", "checkpoint", "name", "engine.kind")
+FREE_ON_RESUME = (
+    "iterations",
+    "resume",
+    "tracker",
+    "evaluation.every",
+    "checkpoint",
+    "name",
+    "engine.kind",
+    "network.gradient_checkpointing",
+)
 """Keys that may differ between a checkpoint and the run that continues from it: they do not change the result."""
 
 INPUTS = ("model.path", "prompts.path", "prompts.evaluation_path")
@@ -46,6 +58,8 @@ class Parts:
     """What training and evaluation share."""
 
     policy: Policy
+    encoder: PromptEncoder
+    computation: Computation
     sampler: FlowSampler
     rewards: Rewards
     scorer: Scorer
@@ -77,7 +91,9 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path) -> Parts:
     )
     trainable = _make(values["trainable"], "trainable")
     trainable.attach(model, seed=values["seed"], reference=values["algorithm"]["objective"]["kl_weight"] > 0)
-    policy = Policy(model=model, trainable=trainable, average=values["weight_average"], engine=engine)
+    computation = Computation(model, engine.device, **values["network"])
+    encoder = PromptEncoder(model, folder=values["prompt_cache"], engine=engine)
+    policy = Policy(model=model, trainable=trainable, encoder=encoder, average=values["weight_average"], engine=engine)
     rewards = Rewards(entries, engine=engine, log_dir=run_dir / "rewards")
     scorer = Scorer(
         rewards.sources,
@@ -98,7 +114,7 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path) -> Parts:
         scorer=scorer,
         engine=engine,
     )
-    return Parts(policy, sampler, rewards, scorer, evaluator)
+    return Parts(policy, encoder, computation, sampler, rewards, scorer, evaluator)
 
 
 def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Snapshot | None) -> tuple[Trainer, Parts]:
@@ -118,6 +134,13 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         evaluate_every=values["evaluation"]["every"],
         save_every=values["checkpoint"]["every"],
         max_skipped=values["scoring"]["max_skipped"],
+    )
+    visits = Visits(
+        inner_epochs=values["inner_epochs"],
+        updates=values["updates_per_iteration"],
+        states=values["update_micro_batch"],
+        rollout_states=values["micro_batch"],
+        same_program=not values["network"]["compile"],
         seed=values["seed"],
     )
     advantage = _make(values["advantage"], "advantage")
@@ -138,6 +161,7 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         checkpoints=Checkpoints(run_dir / "checkpoints", keep=values["checkpoint"]["keep"]),
         engine=engine,
         schedule=schedule,
+        visits=visits,
         run_dir=run_dir,
         config=values,
         inputs=inputs_of(settings),
@@ -145,6 +169,14 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
     if snapshot:
         check_same_rewards(parts.scorer, snapshot)
         trainer.restore(snapshot)
+    done = snapshot.iteration if snapshot else 0
+    drawn = _upcoming(prompts, curriculum.candidates, values["iterations"] - done)
+    parts.encoder.prepare(drawn.union(parts.evaluator.texts))
+    parts.computation.prepare_training(
+        parts.policy.encode([parts.evaluator.texts[0]]),
+        values["update_micro_batch"],
+        lambda said: any(engine.gather_objects(said)),
+    )
     return trainer, parts
 
 
@@ -173,6 +205,8 @@ def check_continuation(settings: Settings, engine: Engine, snapshot: Snapshot) -
     """
     resume, iterations = settings.values["resume"], settings.values["iterations"]
     free = FREE_ON_RESUME + _same_inputs(settings, snapshot)
+    if (snapshot.config["prompt_cache"] is None) == (settings.values["prompt_cache"] is None):
+        free += ("prompt_cache",)  # any folder holds the same; without one prompts are encoded in batches
     if settings.values["lr_schedule"]["anneal_iterations"]:
         free = tuple(key for key in free if key != "iterations")  # the fall of the rate is counted from the end
     checkpoint.check_compatible(snapshot.config, settings.values, free=free)
@@ -336,6 +370,14 @@ def _same_inputs(settings: Settings, snapshot: Snapshot, keys: tuple[str, ...] =
 def _value(settings: Settings, key: str) -> Any:
     section, name = key.split(".")
     return settings.values[section][name]
+
+
+def _upcoming(prompts: PromptSource, count: int, iterations: int) -> set[str]:
+    """Every text that so many iterations will draw; the source stays where it is."""
+    state = prompts.state_dict()
+    texts = {text for _ in range(iterations) for text in prompts.next(count).texts}
+    prompts.load_state_dict(state)
+    return texts
 
 
 def _rates(optimizer: Optimizer, values: dict[str, Any]) -> LambdaLR:

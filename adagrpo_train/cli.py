@@ -153,6 +153,7 @@ def _evaluate(settings: Settings) -> None:
         parts.policy.load_state_dict(snapshot.tensors)
         parts.scorer.load_state_dict(snapshot.state["scoring"])
     with closing(parts.rewards):
+        parts.encoder.prepare(parts.evaluator.texts)
         evaluation = parts.evaluator.evaluate(parts.policy)
     if engine.is_main:
         settings.run_dir.mkdir(parents=True, exist_ok=True)

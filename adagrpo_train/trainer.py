@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from adagrpo_train.algorithms.visits import Visits
 from adagrpo_train.errors import ConfigError, RewardError, TrainingError
 from adagrpo_train.evaluator import Evaluator
 from adagrpo_train.functional.advantages import mean_group_std, zero_variance_fraction
@@ -48,7 +49,6 @@ class Schedule:
         evaluate_every: iterations between evaluations; 0 evaluates before and after training only.
         save_every: iterations between checkpoints; 0 saves at the end only.
         max_skipped: iterations in a row that may be skipped for want of scores.
-        seed: of the order in which transitions are visited.
     """
 
     iterations: int
@@ -58,7 +58,6 @@ class Schedule:
     evaluate_every: int
     save_every: int
     max_skipped: int
-    seed: int
 
     def __post_init__(self) -> None:
         for name in ("iterations", "inner_epochs", "updates_per_iteration"):
@@ -110,6 +109,7 @@ class Trainer:
         checkpoints: Checkpoints,
         engine: Engine,
         schedule: Schedule,
+        visits: Visits,
         run_dir: Path,
         config: dict[str, Any],
         inputs: dict[str, str],
@@ -118,7 +118,7 @@ class Trainer:
         self._advantage, self._objective, self._policy, self._optimizer = advantage, objective, policy, optimizer
         self._rates, self._evaluator, self._checkpoints = rates, evaluator, checkpoints
         self._engine, self._schedule, self._run_dir = engine, schedule, run_dir
-        self._config, self._inputs = config, inputs
+        self._config, self._inputs, self._visits = config, inputs, visits
         self._first, self._updates, self._skipped = 0, 0, 0
         self._timer = StageTimer()
         self._tracker: Tracker | None = None
@@ -335,12 +335,8 @@ class Trainer:
     ) -> dict[str, float]:
         """Visit the transitions of usable samples once per inner epoch, in `updates_per_iteration` optimizer steps."""
         records: defaultdict[str, list[float]] = defaultdict(list)
-        per_epoch = self._schedule.updates_per_iteration // self._schedule.inner_epochs
-        for epoch in range(self._schedule.inner_epochs):
-            generator = torch.Generator().manual_seed(_order_seed(self._schedule.seed, iteration, epoch))
-            order = torch.randperm(len(batches), generator=generator)
-            for rows in torch.tensor_split(order, per_epoch):
-                self._optimizer_step([batches[row] for row in rows.tolist()], conditions, advantages, usable, records)
+        for visited in self._visits.of(batches, iteration, lambda batch: self._log_prob(batch, conditions)):
+            self._optimizer_step(visited, conditions, advantages, usable, records)
         metrics: dict[str, float] = {}
         everywhere = self._engine.gather_objects(dict(records))
         for name in records:
@@ -350,6 +346,11 @@ class Trainer:
             else:
                 metrics[name] = sum(values) / len(values)
         return metrics | {"policy/updates": float(self._schedule.updates_per_iteration)}
+
+    def _log_prob(self, batch: Transitions, conditions: Conditions) -> Tensor:
+        rows = batch.prompt.to(self._engine.device)
+        with self._engine.micro_step(self._policy.network, last=False):
+            return self._objective.log_prob(self._policy, batch, conditions[rows], self._sampler.sigma_max)
 
     def _optimizer_step(
         self,
@@ -378,6 +379,7 @@ class Trainer:
             if first:
                 deviation = float(loss.metrics["policy/ratio_max_deviation_max"])
                 records["policy/first_ratio_deviation_max"].append(deviation)
+                records["policy/rollout_deviation_max"].append(float(loss.rollout_deviation))
         norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters, self._schedule.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise TrainingError(
@@ -507,7 +509,3 @@ def _share(rows: list[int], engine: Engine) -> list[int]:
 
 def _due(iteration: int, every: int) -> bool:
     return every > 0 and iteration % every == 0
-
-
-def _order_seed(seed: int, iteration: int, epoch: int) -> int:
-    return (seed * 1_000_003 + iteration) * 1_009 + epoch

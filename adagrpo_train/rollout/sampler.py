@@ -220,7 +220,7 @@ class FlowSampler:
         # The density is that of the rounded state: the network never sees the unrounded one.
         x_next = (drawn.mean + drawn.std * noise).to(self._latent_dtype)
         log_prob = self._transition.log_prob(x_next, drawn)
-        return Transitions(x, sigma, sigma_next, prompt, x_next, state, sample, log_prob)
+        return Transitions(x, sigma, sigma_next, prompt, x_next, state, sample, log_prob, rollout_log_prob=log_prob)
 
     def _ode_step(self, velocity: Velocity, x: Tensor, i: int, conditions: Conditions) -> Tensor:
         parts = []

@@ -27,7 +27,7 @@ DEVICE = torch.device("meta")
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select")
 
 
-class Waits(AssertionError):
+class HostWaitsError(AssertionError):
     """The host would wait for the device."""
 
 
@@ -39,12 +39,12 @@ class NoHostSync(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_device = [tensor for tensor in inputs if tensor.device == DEVICE]
         if on_device and name in READS:
-            raise Waits(name)
+            raise HostWaitsError(name)
         if name == "aten::_to_copy" and kwargs.get("device", inputs[0].device) != inputs[0].device:
             if on_device or not kwargs.get("non_blocking"):
-                raise Waits(f"{name} from {inputs[0].device} to {kwargs['device']}")
+                raise HostWaitsError(f"{name} from {inputs[0].device} to {kwargs['device']}")
         elif on_device and any(tensor.device != DEVICE and tensor.ndim for tensor in inputs):
-            raise Waits(f"{name} of tensors on two devices")
+            raise HostWaitsError(f"{name} of tensors on two devices")
         return func(*args, **kwargs)
 
 
@@ -106,7 +106,7 @@ def test_what_makes_the_host_wait_is_seen() -> None:
         lambda: host.to(DEVICE),
         lambda: values[host],
     ):
-        with NoHostSync(), pytest.raises((Waits, RuntimeError, NotImplementedError)):
+        with NoHostSync(), pytest.raises((HostWaitsError, RuntimeError, NotImplementedError)):
             waits()
     with NoHostSync():
         assert values[to_device(host, DEVICE)].shape == (2,)
