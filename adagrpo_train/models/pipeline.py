@@ -52,6 +52,7 @@ class PipelineModel:
         self.dtype, self.device = _dtype(dtype), device
         self.pipeline = load(pipeline_class, path, self.dtype, without).to(device)
         self.num_steps, self._decode_batch, self._path = num_steps, decode_batch, path
+        self._without: tuple[str, ...] = tuple(without)
         self._released: tuple[str, ...] = ()
         step = self.pipeline.vae_scale_factor * self.patch_size
         if resolution < step or resolution % step:
@@ -127,7 +128,7 @@ class PipelineModel:
         """Write the whole pipeline for `from_pretrained(folder, ...)` of its class."""
         released = self._released
         if released:
-            again = load(type(self.pipeline), self._path, self.dtype, ("transformer", "vae"))
+            again = load(type(self.pipeline), self._path, self.dtype, (*self._without, "transformer", "vae"))
             self.pipeline.register_modules(**{name: getattr(again, name) for name in released})
         self.pipeline.save_pretrained(str(folder))
         if released:
