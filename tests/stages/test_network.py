@@ -193,3 +193,34 @@ def test_images_do_not_depend_on_how_many_are_decoded_at_once() -> None:
     # To rounding: a value between two levels may fall to either side.
     assert np.abs(one.astype(int) - other).max() <= 1
     assert (one == other).mean() > 0.99
+
+
+@pytest.fixture
+def one_block(tmp_path: Path) -> Path:
+    """The embedded pipeline with a transformer of one block: one kind of block to compile."""
+    pipeline = tiny_model().pipeline
+    pipeline.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config, num_layers=1)
+    pipeline.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
+def test_a_compiled_network_trains_as_an_eager_one_and_keeps_the_first_ratio(one_block: Path, tmp_path: Path) -> None:
+    """torch.compile with its real backend: programs with and without gradient, and rollouts in other batches."""
+    settings = [f"model.path={one_block}", "trainable=full", "model.num_steps=3", "plan=fixed", "plan.noisy=[0,1]"]
+    settings += ["micro_batch=4", "updates_per_iteration=2", "optimizer.lr=1e-4", *ONE_IMAGE]
+    weights, rows = [], []
+    for compiled in ("false", "true"):
+        trainer, parts, _ = make_trainer(*settings, f"network.compile={compiled}", run_dir=tmp_path / compiled)
+        use_reward(trainer, Pixels())
+        start = torch.cat([p.detach().flatten() for p in parts.policy.parameters])
+        rows.append(trainer._train_once(0))
+        weights.append(torch.cat([p.detach().flatten() for p in parts.policy.parameters]) - start)
+    (block,) = repeated_blocks(parts.policy._model.transformer)
+    assert block._compiled_call_impl is not None
+    assert rows[1]["policy/first_ratio_deviation"] == 0
+    assert rows[1]["policy/rollout_deviation"] < 1e-5
+    assert rows[1]["policy/ratio_max_deviation"] == pytest.approx(rows[0]["policy/ratio_max_deviation"], rel=1e-2)
+    assert rows[1]["nfe/training"] == 1.5 * rows[0]["nfe/training"]  # the second step's half, before the first
+    assert float((weights[0] - weights[1]).norm() / weights[0].norm()) < 1e-3
