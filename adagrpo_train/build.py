@@ -2,9 +2,10 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -171,9 +172,9 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         trainer.restore(snapshot)
     done = snapshot.iteration if snapshot else 0
     drawn = _upcoming(prompts, curriculum.candidates, values["iterations"] - done)
-    parts.encoder.prepare(drawn.union(parts.evaluator.texts))
+    parts.encoder.prepare(chain(parts.evaluator.texts, drawn))
     parts.computation.prepare_training(
-        parts.policy.encode([parts.evaluator.texts[0]]),
+        lambda: parts.policy.encode([parts.evaluator.texts[0]]),
         values["update_micro_batch"],
         lambda said: any(engine.gather_objects(said)),
     )
@@ -372,12 +373,12 @@ def _value(settings: Settings, key: str) -> Any:
     return settings.values[section][name]
 
 
-def _upcoming(prompts: PromptSource, count: int, iterations: int) -> set[str]:
-    """Every text that so many iterations will draw; the source stays where it is."""
+def _upcoming(prompts: PromptSource, count: int, iterations: int) -> Iterator[str]:
+    """Every text that so many iterations will draw; after the last one the source is where it was."""
     state = prompts.state_dict()
-    texts = {text for _ in range(iterations) for text in prompts.next(count).texts}
+    for _ in range(iterations):
+        yield from prompts.next(count).texts
     prompts.load_state_dict(state)
-    return texts
 
 
 def _rates(optimizer: Optimizer, values: dict[str, Any]) -> LambdaLR:

@@ -80,11 +80,13 @@ class Computation:
         if gradient_checkpointing == "always":
             self._checkpoint()
 
-    def prepare_training(self, conditions: Conditions, states: int, anyone: Callable[[bool], bool]) -> None:
+    def prepare_training(
+        self, conditions: Callable[[], Conditions], states: int, anyone: Callable[[bool], bool]
+    ) -> None:
         """Decide what is kept for the backward pass; called once all else lies in memory.
 
         Args:
-            conditions: one row, any.
+            conditions: gives one row, any.
             states: most states per network call of the update.
             anyone: whether any process says so; all of them do the same.
 
@@ -96,7 +98,9 @@ class Computation:
                 "model.dtype=float16: gradients in float16 vanish without a loss scale, which this version does not "
                 "have; train with model.dtype=bfloat16, or model.dtype=float32 network.autocast=bfloat16"
             )
-        if self._checkpointing == "auto" and anyone(self._device.type == "cuda" and not self._fits(conditions, states)):
+        if self._checkpointing == "auto" and anyone(
+            self._device.type == "cuda" and not self._fits(conditions(), states)
+        ):
             self._checkpoint()
 
     def _fits(self, conditions: Conditions, states: int) -> bool:
@@ -126,7 +130,9 @@ class Computation:
         x = torch.zeros((states, *model.latent_shape), dtype=model.dtype, device=self._device)
         sigma = torch.full((states,), 0.5, device=self._device)
         rows = conditions[torch.zeros(states, dtype=torch.long, device=self._device)]
-        return saved_bytes(model.transformer, lambda: model.velocity(model.transformer, x, sigma, rows))
+        # Programs for batches that nobody needs would not only take minutes: a second size makes torch compile for any.
+        with torch.compiler.set_stance("force_eager"):
+            return saved_bytes(model.transformer, lambda: model.velocity(model.transformer, x, sigma, rows))
 
     def _checkpoint(self) -> None:
         network: Any = self._model.transformer

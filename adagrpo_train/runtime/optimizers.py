@@ -1,6 +1,7 @@
 """Optimizers of optional libraries."""
 
 from collections.abc import Iterable
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -26,10 +27,10 @@ def adamw_8bit(
         ConfigError: bitsandbytes is not installed, or too old.
     """
     try:
-        from bitsandbytes.optim import AdamW8bit
+        made = import_module("bitsandbytes.optim").AdamW8bit
     except ImportError as error:
         raise ConfigError("optimizer=adamw_8bit needs bitsandbytes: pip install 'adagrpo-train[adamw-8bit]'") from error
     first, second = betas
-    return AdamW8bit(
+    return made(
         list(params), lr=lr, betas=(first, second), eps=eps, weight_decay=weight_decay, min_8bit_size=min_8bit_size
     )

@@ -87,8 +87,8 @@ class PromptEncoder:
         if self._folder is None:
             return self._model.encode(texts)
         rows = {text: self._read(text) for text in {*texts, ""}}
-        names = [field.name for field in fields(Conditions)]
-        return Conditions(**{name: self._column(name, texts, rows) for name in names})
+        columns: dict[str, Any] = {field.name: self._column(field.name, texts, rows) for field in fields(Conditions)}
+        return Conditions(**columns)
 
     def _column(self, name: str, texts: Sequence[str], rows: Mapping[str, Mapping[str, Tensor]]) -> Tensor | None:
         if name not in rows[""]:
@@ -215,8 +215,8 @@ def _component(part: Any) -> str:
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _draft(path: Path) -> Path:

@@ -98,7 +98,7 @@ def test_auto_keeps_everything_only_where_it_fits(monkeypatch: pytest.MonkeyPatc
     attach(model, "full")
     made = computation(model, gradient_checkpointing="auto")
     conditions = model.encode(["a red circle"])
-    made.prepare_training(conditions, 4, lambda said: said)
+    made.prepare_training(lambda: conditions, 4, lambda said: said)
     assert not model.transformer.gradient_checkpointing  # on a CPU
     weights = sum(p.numel() for p in model.transformer.parameters())
     enough = 1.2 * made.kept_bytes(conditions, 4) + weights * (4 + 8)  # with gradients and Adam's state
@@ -119,7 +119,7 @@ def out_of_memory(*_: Any) -> int:
 def test_one_process_that_needs_checkpoints_makes_all_of_them() -> None:
     model = tiny_model()
     made = computation(model, gradient_checkpointing="auto")
-    made.prepare_training(model.encode(["a red circle"]), 4, lambda said: True)
+    made.prepare_training(lambda: model.encode(["a red circle"]), 4, lambda said: True)
     assert model.transformer.gradient_checkpointing
 
 
