@@ -1,7 +1,5 @@
 """Stable Diffusion 3 and 3.5, and small models of the same classes. Nothing about RL."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -9,18 +7,6 @@ from adagrpo_train.errors import ConfigError
 from adagrpo_train.functional import schedules
 from adagrpo_train.models.pipeline import PipelineModel
 from adagrpo_train.types import Conditions
-
-_ATTENTION = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-)
-_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 
 class SD3Model(PipelineModel):
@@ -31,14 +17,15 @@ class SD3Model(PipelineModel):
         schedule: "sd3" is the pipeline's own default grid (its scheduler config's shift); "uniform" is
             linspace(1, 0, T + 1) under the same shift, without the tiny last step of the former.
         guidance_scale: classifier-free guidance in rollouts, training and evaluation; 1 is none.
+        guidance_gradient: whether training also differentiates the unconditional half of the guided velocity. Both
+            halves are then one network call; without it they are two, the unconditional one without gradient. A
+            rollout makes the same calls as training, so that the first ratio is exactly 1 either way.
         text_encoder_3: whether to load the T5 encoder.
         max_sequence_length: T5 tokens; 0 without T5. diffusers pads with that many zero tokens when T5 is absent.
 
     Raises:
         ConfigError: the folder is missing or incomplete, or a setting is out of range.
     """
-
-    lora_scopes: ClassVar = {"attention": _ATTENTION, "all": _ATTENTION + _FEED_FORWARD}
 
     def __init__(
         self,
@@ -50,6 +37,7 @@ class SD3Model(PipelineModel):
         num_steps: int,
         schedule: str,
         guidance_scale: float,
+        guidance_gradient: bool,
         text_encoder_3: bool,
         max_sequence_length: int,
         decode_batch: int,
@@ -60,7 +48,12 @@ class SD3Model(PipelineModel):
             raise ConfigError(f"model.schedule={schedule}: choose sd3 or uniform")
         if guidance_scale < 1:
             raise ConfigError(f"model.guidance_scale={guidance_scale}: must be >= 1; 1 switches guidance off")
-        self._schedule, self.guidance_scale = schedule, guidance_scale
+        if not int(text_encoder_3) <= max_sequence_length <= 512:
+            raise ConfigError(
+                f"model.max_sequence_length={max_sequence_length}: must be 1 to 512 T5 tokens, or 0 with "
+                "model.text_encoder_3=false"
+            )
+        self._schedule, self.guidance_scale, self._guidance_gradient = schedule, guidance_scale, guidance_gradient
         self._max_sequence_length = max_sequence_length
         super().__init__(
             pipeline_class=StableDiffusion3Pipeline,
@@ -75,7 +68,7 @@ class SD3Model(PipelineModel):
 
     @property
     def patch_size(self) -> int:
-        return self.pipeline.patch_size
+        return self.pipeline.transformer.config.patch_size
 
     @property
     def latent_channels(self) -> int:
@@ -117,20 +110,32 @@ class SD3Model(PipelineModel):
             sigma: [R] float32.
             conditions: R rows.
         """
-        embeds, pooled = conditions.prompt_embeds, conditions.pooled_prompt_embeds
         timestep = sigma * self.pipeline.scheduler.config.num_train_timesteps
-        if conditions.negative_prompt_embeds is not None and conditions.negative_pooled_prompt_embeds is not None:
-            x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
-            embeds = torch.cat([conditions.negative_prompt_embeds, embeds])
-            pooled = torch.cat([conditions.negative_pooled_prompt_embeds, pooled])
-        (prediction,) = network(
-            hidden_states=x,
-            timestep=timestep,
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-            return_dict=False,
-        )
-        if conditions.negative_prompt_embeds is None:
+
+        def evaluate(x: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+            (prediction,) = network(
+                hidden_states=x,
+                timestep=timestep,
+                encoder_hidden_states=embeds,
+                pooled_projections=pooled,
+                return_dict=False,
+            )
             return prediction
-        unconditional, conditional = prediction.chunk(2)
+
+        embeds, pooled = conditions.prompt_embeds, conditions.pooled_prompt_embeds
+        negative, negative_pooled = conditions.negative_prompt_embeds, conditions.negative_pooled_prompt_embeds
+        if negative is None or negative_pooled is None:
+            return evaluate(x, timestep, embeds, pooled)
+        if self._guidance_gradient:
+            both = evaluate(
+                torch.cat([x, x]),
+                torch.cat([timestep, timestep]),
+                torch.cat([negative, embeds]),
+                torch.cat([negative_pooled, pooled]),
+            )
+            unconditional, conditional = both.chunk(2)
+        else:
+            with torch.no_grad():
+                unconditional = evaluate(x, timestep, negative, negative_pooled)
+            conditional = evaluate(x, timestep, embeds, pooled)
         return unconditional + self.guidance_scale * (conditional - unconditional)
