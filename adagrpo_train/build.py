@@ -206,7 +206,7 @@ def check_continuation(settings: Settings, engine: Engine, snapshot: Snapshot) -
     """
     resume, iterations = settings.values["resume"], settings.values["iterations"]
     free = FREE_ON_RESUME + _same_inputs(settings, snapshot)
-    if (snapshot.config["prompt_cache"] is None) == (settings.values["prompt_cache"] is None):
+    if (snapshot.config.get("prompt_cache") is None) == (settings.values["prompt_cache"] is None):
         free += ("prompt_cache",)  # any folder holds the same; without one prompts are encoded in batches
     if settings.values["lr_schedule"]["anneal_iterations"]:
         free = tuple(key for key in free if key != "iterations")  # the fall of the rate is counted from the end

@@ -7,6 +7,7 @@ rollout's network call as a ratio of medians; peak memory in a process of its ow
 """
 
 import argparse
+import ctypes
 import multiprocessing
 import statistics
 import tempfile
@@ -119,6 +120,7 @@ def megabytes(function: Callable[[], None]) -> float:
 
 
 def _peak(function: Callable[[], None], results: Any) -> None:
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls gave back would be taken again unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = _status("VmRSS")
     function()

@@ -205,7 +205,9 @@ def one_block(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
+# What torch itself does while it compiles.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_network_trains_as_an_eager_one_and_keeps_the_first_ratio(one_block: Path, tmp_path: Path) -> None:
     """torch.compile with its real backend: programs with and without gradient, and rollouts in other batches."""
     settings = [f"model.path={one_block}", "trainable=full", "model.num_steps=3", "plan=fixed", "plan.noisy=[0,1]"]
