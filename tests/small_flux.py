@@ -14,11 +14,33 @@ from tests.support import MID
 LENGTH = 12
 
 
+_PIECES = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *(("▁" + word, 0.0) for word in WORDS)]
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    return T5TokenizerFast(vocab=_PIECES, extra_ids=0, model_max_length=LENGTH)
+
+
+def small_t5(*, width: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(_PIECES),
+            d_model=width,
+            d_kv=8,
+            d_ff=64,
+            num_layers=1,
+            num_heads=4,
+            dropout_rate=0.0,
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+    )
+
+
 def save_flux(folder: Path, *, guidance: bool) -> Path:
     """The scheduler is FLUX.1-dev's or -schnell's, but with 16 to 256 tokens in place of 256 to 4096."""
     torch.manual_seed(7)
     tokenizer = CLIPTokenizer.from_pretrained(MID / "tokenizer")
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *(("▁" + word, 0.0) for word in WORDS)]
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=3.0 if guidance else 1.0,
@@ -43,20 +65,8 @@ def save_flux(folder: Path, *, guidance: bool) -> Path:
             )
         ),
         tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel(
-            T5Config(
-                vocab_size=len(pieces),
-                d_model=32,
-                d_kv=8,
-                d_ff=64,
-                num_layers=1,
-                num_heads=4,
-                dropout_rate=0.0,
-                is_encoder_decoder=False,
-                use_cache=False,
-            )
-        ),
-        tokenizer_2=T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=LENGTH),
+        text_encoder_2=small_t5(width=32),
+        tokenizer_2=t5_tokenizer(),
         transformer=FluxTransformer2DModel(
             in_channels=16,
             num_layers=2,

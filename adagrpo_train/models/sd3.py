@@ -65,6 +65,12 @@ class SD3Model(PipelineModel):
             num_steps=num_steps,
             decode_batch=decode_batch,
         )
+        if self.pipeline.scheduler.config.use_dynamic_shifting:
+            raise ConfigError(f"model.path={path}: use_dynamic_shifting of its scheduler is not supported for SD3")
+        config = self.pipeline.transformer.config
+        most = config.pos_embed_max_size * config.patch_size * self.pipeline.vae_scale_factor
+        if resolution > most:
+            raise ConfigError(f"model.resolution={resolution}: the model has positions for {most} pixels at most")
 
     @property
     def patch_size(self) -> int:

@@ -1,5 +1,6 @@
 """Whatever keeps a model from loading is named by key, with the remedy: folders and a hub of our own."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -52,6 +53,26 @@ def test_an_incomplete_folder_is_named(folder: Path, message: str) -> None:
         tiny_model(path=str(folder))
     assert str(caught.value).startswith(f"model.path={folder}: ")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"use_karras_sigmas": True}, "use_karras_sigmas=True of its scheduler is not supported"),
+        ({"shift_terminal": 0.02}, "shift_terminal=0.02 of its scheduler is not supported"),
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting of its scheduler is not supported for SD3"),
+    ],
+)
+def test_a_grid_that_we_do_not_make_is_refused(folder: Path, setting: dict[str, object], message: str) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    replace(path, json.dumps(json.loads(path.read_text()) | setting).encode())
+    with pytest.raises(ConfigError, match=message):
+        tiny_model(path=str(folder))
+
+
+def test_a_picture_larger_than_the_positions_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.resolution=40: the model has positions for 32 pixels at most"):
+        tiny_model(resolution=40)
 
 
 def test_a_folder_of_another_model_is_refused(folder: Path) -> None:
