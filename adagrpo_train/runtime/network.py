@@ -1,6 +1,7 @@
 """How the network is computed: its arithmetic, compiled blocks, and what is kept for the backward pass."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -165,6 +166,8 @@ def saved_bytes(network: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 def _compute_in_bfloat16(network: nn.Module, device: torch.device) -> None:
     """Inside the module, where no wrapper for several processes can switch it off again."""
+    # The weights of norms stay float32, as they should; torch says that its fused kernel does not take that.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight", category=UserWarning)
     forward = network.forward
 
     def autocast_forward(*arguments: Any, **named: Any) -> Any:

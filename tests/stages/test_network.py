@@ -12,6 +12,7 @@ from adagrpo_train.errors import ConfigError
 from adagrpo_train.runtime.network import Computation, repeated_blocks, saved_bytes
 from adagrpo_train.runtime.trainable import Full, LoRA
 from rewards.shapes.reward import ShapesReward
+from tests.small_flux import flux_model, save_flux
 from tests.support import PROMPTS, Memory, make_trainer, tiny_model, use_reward
 
 CPU = torch.device("cpu")
@@ -48,19 +49,26 @@ def gradients(model: Any) -> tuple[Tensor, list[Tensor]]:
     return velocity.detach(), [grad for grad in grads if grad is not None]
 
 
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_flux(tmp_path_factory.mktemp("flux") / "model", guidance=True)
+
+
 @pytest.mark.parametrize("autocast", [None, "bfloat16"])
 @pytest.mark.parametrize("trainable", ["lora", "full"])
-def test_gradient_checkpointing_changes_no_bit(trainable: str, autocast: str | None) -> None:
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_gradient_checkpointing_changes_no_bit(family: str, trainable: str, autocast: str | None, flux: Path) -> None:
     outcomes = []
     for checkpointing in ("never", "always"):
         torch.manual_seed(0)
-        model = tiny_model(guidance_scale=2.0)
+        model = tiny_model(guidance_scale=2.0) if family == "sd3" else flux_model(flux)
         attach(model, trainable)
         computation(model, autocast=autocast, gradient_checkpointing=checkpointing)
         assert model.transformer.gradient_checkpointing is (checkpointing == "always")
         outcomes.append(gradients(model))
     (kept, grads), (again, others) = outcomes
     assert torch.equal(kept, again)
+    assert kept.dtype == (torch.bfloat16 if autocast else torch.float32)
     assert len(grads) == len(others) > 50
     assert all(torch.equal(one, other) for one, other in zip(grads, others, strict=True))
 

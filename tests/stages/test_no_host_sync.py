@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 from adagrpo_train.algorithms.plans import Branch, EveryStep, FixedSteps
 from adagrpo_train.algorithms.transitions import CPS, ConstantSDE, FlowSDE
 from adagrpo_train.interfaces import Plan
-from adagrpo_train.models.sd3 import SD3Model
+from adagrpo_train.models.pipeline import PipelineModel
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime.transfer import to_device
 from adagrpo_train.types import Conditions
+from tests.small_flux import flux_model, save_flux
 from tests.support import PROMPTS, tiny_model
 
 DEVICE = torch.device("meta")
@@ -49,29 +50,36 @@ class NoHostSync(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module")
-def model() -> SD3Model:
-    made = tiny_model(guidance_scale=2.0, num_steps=3)
-    made.transformer.to(DEVICE)
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PipelineModel]:
+    flux = save_flux(tmp_path_factory.mktemp("flux") / "model", guidance=True)
+    made: dict[str, PipelineModel] = {
+        "sd3": tiny_model(guidance_scale=2.0, num_steps=3), "flux": flux_model(flux, num_steps=3)
+    }  # fmt: skip
+    for model in made.values():
+        model.transformer.to(DEVICE)
     return made
 
 
 def on_device(conditions: Conditions) -> Conditions:
-    return Conditions(*(getattr(conditions, field.name).to(DEVICE) for field in fields(conditions)))
+    rows = (getattr(conditions, field.name) for field in fields(conditions))
+    return Conditions(*(None if row is None else row.to(DEVICE) for row in rows))
 
 
 @pytest.mark.parametrize(
-    ("plan", "transition"),
+    ("family", "plan", "transition"),
     [
-        (EveryStep(shared_noise=False), FlowSDE(noise_level=0.7)),
-        (FixedSteps(noisy=[1], shared_noise=True), ConstantSDE(eta=0.3)),
-        (FixedSteps(noisy=[1], shared_noise=True), CPS(noise_level=0.8)),
-        (Branch(at=[0, 1]), FlowSDE(noise_level=0.7)),
+        ("sd3", EveryStep(shared_noise=False), FlowSDE(noise_level=0.7)),
+        ("sd3", FixedSteps(noisy=[1], shared_noise=True), ConstantSDE(eta=0.3)),
+        ("sd3", FixedSteps(noisy=[1], shared_noise=True), CPS(noise_level=0.8)),
+        ("sd3", Branch(at=[0, 1]), FlowSDE(noise_level=0.7)),
+        ("flux", Branch(at=[0, 1]), FlowSDE(noise_level=0.7)),
     ],
-    ids=lambda part: type(part).__name__,
+    ids=lambda part: part if isinstance(part, str) else type(part).__name__,
 )
 def test_the_host_never_waits_for_the_device_while_samples_are_drawn(
-    plan: Plan, transition: Any, model: SD3Model
+    family: str, plan: Plan, transition: Any, models: dict[str, Any]
 ) -> None:
+    model = models[family]
     sampler = FlowSampler(
         transition=transition,
         plan=plan,
