@@ -2,9 +2,10 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,17 +14,20 @@ from hydra.utils import instantiate
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from adagrpo_train.algorithms.visits import Visits
 from adagrpo_train.errors import AdaGRPOError, CheckpointError, ConfigError
 from adagrpo_train.evaluator import Evaluator
 from adagrpo_train.functional.schedules import warmup_constant_anneal
-from adagrpo_train.interfaces import Tracker
+from adagrpo_train.interfaces import PromptSource, Tracker
 from adagrpo_train.prompts.source import PromptFile, read_prompts
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime import checkpoint
 from adagrpo_train.runtime.checkpoint import Checkpoints, Snapshot
 from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.files import fingerprint
+from adagrpo_train.runtime.network import Computation
 from adagrpo_train.runtime.policy import Policy
+from adagrpo_train.runtime.prompt_cache import PromptEncoder
 from adagrpo_train.runtime.stopping import StopRequest
 from adagrpo_train.scoring.connect import Rewards
 from adagrpo_train.scoring.entry import RewardEntry
@@ -44,6 +48,7 @@ FREE_ON_RESUME = (
     "name",
     "engine.kind",
     "scoring.accept_changed_rewards",
+    "network.gradient_checkpointing",
 )
 """Keys that may differ between a checkpoint and the run that continues from it: they do not change the result."""
 
@@ -72,6 +77,8 @@ class Parts:
     """What training and evaluation share."""
 
     policy: Policy
+    encoder: PromptEncoder
+    computation: Computation
     sampler: FlowSampler
     rewards: Rewards
     scorer: Scorer
@@ -104,7 +111,9 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path) -> Parts:
     )
     trainable = _make(values["trainable"], "trainable")
     trainable.attach(model, seed=values["seed"], reference=values["algorithm"]["objective"]["kl_weight"] > 0)
-    policy = Policy(model=model, trainable=trainable, average=values["weight_average"], engine=engine)
+    computation = Computation(model, engine.device, **values["network"])
+    encoder = PromptEncoder(model, folder=values["prompt_cache"], engine=engine)
+    policy = Policy(model=model, trainable=trainable, encoder=encoder, average=values["weight_average"], engine=engine)
     rewards, stop = Rewards(entries, engine=engine, log_dir=run_dir / "rewards"), StopRequest()
     scorer = Scorer(
         rewards.sources,
@@ -126,7 +135,7 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path) -> Parts:
         scorer=scorer,
         engine=engine,
     )
-    return Parts(policy, sampler, rewards, scorer, evaluator, stop)
+    return Parts(policy, encoder, computation, sampler, rewards, scorer, evaluator, stop)
 
 
 def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Snapshot | None) -> tuple[Trainer, Parts]:
@@ -146,6 +155,13 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         evaluate_every=values["evaluation"]["every"],
         save_every=values["checkpoint"]["every"],
         max_skipped=values["scoring"]["max_skipped"],
+    )
+    visits = Visits(
+        inner_epochs=values["inner_epochs"],
+        updates=values["updates_per_iteration"],
+        states=values["update_micro_batch"],
+        rollout_states=values["micro_batch"],
+        same_program=not values["network"]["compile"],
         seed=values["seed"],
     )
     advantage = _make(values["advantage"], "advantage")
@@ -167,6 +183,7 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         engine=engine,
         stop=parts.stop,
         schedule=schedule,
+        visits=visits,
         run_dir=run_dir,
         config=values,
         inputs=inputs_of(settings),
@@ -174,6 +191,14 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
     if snapshot:
         check_same_rewards(settings, parts.scorer, snapshot)
         trainer.restore(snapshot)
+    done = snapshot.iteration if snapshot else 0
+    drawn = _upcoming(prompts, curriculum.candidates, values["iterations"] - done)
+    parts.encoder.prepare(chain(parts.evaluator.texts, drawn))
+    parts.computation.prepare_training(
+        lambda: parts.policy.encode([parts.evaluator.texts[0]]),
+        values["update_micro_batch"],
+        lambda said: any(engine.gather_objects(said)),
+    )
     return trainer, parts
 
 
@@ -208,6 +233,8 @@ def check_continuation(settings: Settings, engine: Engine, snapshot: Snapshot) -
             f"[{','.join(sorted(present))}]; choose the same, or start a new run"
         )
     free = FREE_ON_RESUME + _serving(saved) + _same_inputs(settings, snapshot)
+    if (snapshot.config.get("prompt_cache") is None) == (settings.values["prompt_cache"] is None):
+        free += ("prompt_cache",)  # any folder holds the same; without one prompts are encoded in batches
     if settings.values["lr_schedule"]["anneal_iterations"]:
         free = tuple(key for key in free if key != "iterations")  # the fall of the rate is counted from the end
     checkpoint.check_compatible(snapshot.config, settings.values, free=free)
@@ -387,6 +414,14 @@ def _same_inputs(settings: Settings, snapshot: Snapshot, keys: tuple[str, ...] =
 def _value(settings: Settings, key: str) -> Any:
     section, name = key.split(".")
     return settings.values[section][name]
+
+
+def _upcoming(prompts: PromptSource, count: int, iterations: int) -> Iterator[str]:
+    """Every text that so many iterations will draw; after the last one the source is where it was."""
+    state = prompts.state_dict()
+    for _ in range(iterations):
+        yield from prompts.next(count).texts
+    prompts.load_state_dict(state)
 
 
 def _rates(optimizer: Optimizer, values: dict[str, Any]) -> LambdaLR:

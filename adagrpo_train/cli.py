@@ -157,6 +157,7 @@ def _evaluate(settings: Settings) -> None:
             build.check_same_rewards(settings, parts.scorer, snapshot)
             parts.policy.load_state_dict(snapshot.tensors)
             parts.scorer.load_state_dict(snapshot.state["scoring"])
+        parts.encoder.prepare(parts.evaluator.texts)
         evaluation = parts.evaluator.evaluate(parts.policy)
         traffic = parts.scorer.drain(evaluation=True)
     if engine.is_main:

@@ -83,6 +83,11 @@ class Evaluator:
         keys = [NoiseKey(seed, 0, prompt_id, number, INITIAL) for number, prompt_id in enumerate(self._prompts.ids)]
         self._noise = keyed_noise(keys, latent_shape)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Prompts of the images, in their order."""
+        return self._prompts.texts
+
     def evaluate(self, policy: Policy) -> Evaluation:
         """Score the fixed images with the averaged weights; every rank returns the whole evaluation."""
         world, total = self._engine.world_size, len(self._prompts)

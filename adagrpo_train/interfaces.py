@@ -90,6 +90,7 @@ class Objective(Protocol):
     def loss(
         self, policy: Policy, batch: Transitions, conditions: Conditions, advantages: Tensor, sigma_max: float
     ) -> Loss: ...
+    def log_prob(self, policy: Policy, batch: Transitions, conditions: Conditions, sigma_max: float) -> Tensor: ...
 
 
 class Tracker(Protocol):

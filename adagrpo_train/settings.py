@@ -64,7 +64,7 @@ def read_settings(overrides: list[str]) -> Settings:
     chosen = _compose(_group_overrides(overrides, known_groups), groups=known_groups)
     opened = [part for text in overrides for part in _opened(text, chosen)]
     composed = _compose(opened, known=_leaves(chosen), groups=known_groups)
-    resolved, plain = _plain(composed, resolve=True), _plain(chosen, resolve=False)
+    resolved, plain = _plain(composed, resolve=True), _with_numbers(_plain(chosen, resolve=False), chosen)
     _check_keys(resolved, {str(key) for key in defaults if key != "hydra"})
     _check_values(resolved, plain)
     _check_served_settings(resolved["reward"], plain["reward"])
@@ -113,6 +113,13 @@ def _plain(config: DictConfig, *, resolve: bool) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error)) from error
     return container
+
+
+def _with_numbers(plain: dict[str, Any], config: DictConfig) -> dict[str, Any]:
+    """The same with the numbers that references to numbers stand for: such a key takes a number, too."""
+    resolved = _plain(config, resolve=True)
+    numbers = (int, float)
+    return {key: resolved[key] if isinstance(resolved[key], numbers) else value for key, value in plain.items()}
 
 
 def _explain(error: HydraException, known: list[str], groups: list[str]) -> str:

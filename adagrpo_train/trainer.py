@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from adagrpo_train.algorithms.visits import Visits
 from adagrpo_train.errors import ConfigError, RewardError, StoppedError, TrainingError
 from adagrpo_train.evaluator import Evaluator
 from adagrpo_train.interfaces import Advantage, Curriculum, Objective, PromptSource, Tracker
@@ -49,7 +50,6 @@ class Schedule:
         evaluate_every: iterations between evaluations; 0 evaluates before and after training only.
         save_every: iterations between checkpoints; 0 saves at the end only.
         max_skipped: iterations in a row that may be skipped for want of scores.
-        seed: of the order in which transitions are visited.
     """
 
     iterations: int
@@ -59,7 +59,6 @@ class Schedule:
     evaluate_every: int
     save_every: int
     max_skipped: int
-    seed: int
 
     def __post_init__(self) -> None:
         for name in ("iterations", "inner_epochs", "updates_per_iteration"):
@@ -112,6 +111,7 @@ class Trainer:
         engine: Engine,
         stop: StopRequest,
         schedule: Schedule,
+        visits: Visits,
         run_dir: Path,
         config: dict[str, Any],
         inputs: dict[str, str],
@@ -120,7 +120,7 @@ class Trainer:
         self._advantage, self._objective, self._policy, self._optimizer = advantage, objective, policy, optimizer
         self._rates, self._evaluator, self._checkpoints = rates, evaluator, checkpoints
         self._engine, self._stop, self._schedule, self._run_dir = engine, stop, schedule, run_dir
-        self._config, self._inputs = config, inputs
+        self._config, self._inputs, self._visits = config, inputs, visits
         self._first, self._updates, self._skipped = 0, 0, 0
         self._timer = StageTimer()
         self._tracker: Tracker | None = None
@@ -335,13 +335,14 @@ class Trainer:
     ) -> dict[str, float]:
         """Visit the transitions of usable samples once per inner epoch, in `updates_per_iteration` optimizer steps."""
         figures, before = Figures(), self._updates
-        per_epoch = self._schedule.updates_per_iteration // self._schedule.inner_epochs
-        for epoch in range(self._schedule.inner_epochs):
-            generator = torch.Generator().manual_seed(_order_seed(self._schedule.seed, iteration, epoch))
-            order = torch.randperm(len(batches), generator=generator)
-            for rows in torch.tensor_split(order, per_epoch):
-                self._optimizer_step([batches[row] for row in rows.tolist()], conditions, advantages, usable, figures)
+        for visited in self._visits.of(batches, iteration, lambda batch: self._log_prob(batch, conditions)):
+            self._optimizer_step(visited, conditions, advantages, usable, figures)
         return figures.reduced(self._engine) | {"policy/updates": float(self._updates - before)}
+
+    def _log_prob(self, batch: Transitions, conditions: Conditions) -> Tensor:
+        rows = batch.prompt.to(self._engine.device)
+        with self._engine.micro_step(self._policy.network, last=False):
+            return self._objective.log_prob(self._policy, batch, conditions[rows], self._sampler.sigma_max)
 
     def _optimizer_step(
         self,
@@ -360,7 +361,7 @@ class Trainer:
         total = sum(self._engine.gather_objects(here)) / self._engine.world_size
         if not total:
             return
-        first, losses = "policy/grad_norm" not in figures, list[float]()
+        first, losses = "policy/grad_norm" not in figures, list[Tensor]()
         for number, batch in enumerate(batches):
             kept = batch.of(usable)
             # Nothing usable: the batch still takes part, with weight 0, since other ranks wait for its gradients.
@@ -371,16 +372,17 @@ class Trainer:
                 loss = self._objective.loss(self._policy, kept, conditions[rows], own, self._sampler.sigma_max)
                 self._engine.backward(loss.value * weight)
             if weight:
-                losses.append(float(loss.value.detach()))
+                losses.append(loss.value.detach())
                 figures.add(loss.metrics, len(kept.sample))
             if weight and first:
                 deviation = loss.metrics["policy/ratio_max_deviation_max"]
                 figures.add({"policy/first_ratio_deviation_max": deviation}, 1.0)
+                figures.add({"policy/rollout_deviation_max": loss.rollout_deviation}, 1.0)
         norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters, self._schedule.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise TrainingError(
-                f"the gradient norm is {float(norm)} (losses {losses}); the weights were left as they were. "
-                "Lower optimizer.lr, or look at the rewards of the last iteration"
+                f"the gradient norm is {float(norm)} (losses {[float(loss) for loss in losses]}); the weights were left "
+                "as they were. Lower optimizer.lr, or look at the rewards of the last iteration"
             )
         figures.add({"policy/lr": self._optimizer.param_groups[0]["lr"], "policy/grad_norm": norm}, 1.0)
         self._optimizer.step()
@@ -505,7 +507,3 @@ def _share(rows: list[int], engine: Engine) -> list[int]:
 
 def _due(iteration: int, every: int) -> bool:
     return every > 0 and iteration % every == 0
-
-
-def _order_seed(seed: int, iteration: int, epoch: int) -> int:
-    return (seed * 1_000_003 + iteration) * 1_009 + epoch

@@ -81,8 +81,8 @@ class Trunks:
 class Transitions:
     """One network batch: R states and the M stochastic transitions drawn from them.
 
-    Training evaluates the network on exactly this batch, as the rollout did; that makes the first ratio
-    bitwise 1. A branch has one state and G transitions, so its anchor is evaluated once for its whole group.
+    Where training evaluates the network on exactly this batch, as the rollout did, the first ratio is bitwise 1 by
+    itself. A branch has one state and G transitions, so its anchor is evaluated once for its whole group.
     """
 
     x: Tensor  # [R, *latent]
@@ -92,7 +92,30 @@ class Transitions:
     x_next: Tensor  # [M, *latent], rounded to the dtype of the network
     state: Tensor  # [M] int64, row of x that the transition starts from
     sample: Tensor  # [M] int64, row of Rollout.x0 whose reward the transition earned
-    log_prob: Tensor  # [M] float32 under the policy that drew x_next
+    log_prob: Tensor | None  # [M] float32 under the policy that drew x_next; None: the present policy is that one
+    rollout_log_prob: Tensor  # [M] float32, the same as the rollout computed it
+
+    def split(self, states: int) -> "list[Transitions]":
+        """Batches of at most so many states, in order; the transitions go with their states."""
+        if len(self.x) <= states:
+            return [self]
+        return [self._part(first, first + states) for first in range(0, len(self.x), states)]
+
+    def _part(self, first: int, end: int) -> "Transitions":
+        states = slice(first, end)
+        kept = (self.state >= first) & (self.state < end)
+        here = kept.to(self.sample.device)
+        return Transitions(
+            self.x[states],
+            self.sigma[states],
+            self.sigma_next[states],
+            self.prompt[states],
+            self.x_next[kept],
+            self.state[kept] - first,
+            self.sample[here],
+            None if self.log_prob is None else self.log_prob[kept],
+            self.rollout_log_prob[kept],
+        )
 
     def of(self, samples: Tensor) -> "Transitions":
         """The transitions of the samples marked in `samples` [N] bool; the states, and so the network call, stay."""
@@ -103,7 +126,8 @@ class Transitions:
             x_next=self.x_next[at],
             state=self.state[at],
             sample=self.sample[kept],
-            log_prob=self.log_prob[at],
+            log_prob=None if self.log_prob is None else self.log_prob[at],
+            rollout_log_prob=self.rollout_log_prob[at],
         )
 
 
@@ -148,6 +172,7 @@ class Loss:
     """A differentiable value and detached figures about it."""
 
     value: Tensor  # [] differentiable
+    rollout_deviation: Tensor  # [] largest distance of a log-probability from that of the rollout
     metrics: dict[str, Tensor]  # each []; of names in "_max" the maximum counts, else the mean over transitions
 
 

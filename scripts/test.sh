@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests: the fast ones, then the slow ones, then those that need open_clip in its own environment
-# (.venvs/open-clip, made on the first run). Other options go to pytest:
+# (.venvs/open-clip, made on the first run) or bitsandbytes (.venvs/adamw-8bit). Other options go to pytest:
 #   scripts/test.sh                all tests
 #   scripts/test.sh --fast         only the fast ones
 #   scripts/test.sh tests/stages   tests of a folder, in the trainer's environment only
@@ -38,6 +38,10 @@ if [[ $fast_only == false ]]; then
   run_pytest .venv/bin/python -m slow
   if [[ $paths_given == false ]]; then
     run_pytest "$open_clip" --confcutdir=tests/vision tests/vision
+    # Beside the trainer's environment: inside it, every start of peft would import it.
+    eight_bit=$repo/.venvs/adamw-8bit
+    if [[ ! -d $eight_bit/bitsandbytes ]]; then pip_install --no-deps --target "$eight_bit" 'bitsandbytes>=0.50'; fi
+    PYTHONPATH=$eight_bit run_pytest .venv/bin/python tests/stages/test_optimizers.py
   fi
 fi
 if [[ $something_ran == false ]]; then exit "$nothing_ran"; fi

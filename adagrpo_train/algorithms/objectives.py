@@ -45,11 +45,13 @@ class ClippedRatio:
         """Mean loss over the transitions of one network batch; states without a transition count nowhere.
 
         Args:
+            batch: without a log_prob its policy is the present one: the ratio is 1 and carries the gradient alone.
             conditions: R rows, those of batch.x.
             advantages: [M] of the samples the transitions earned.
         """
         step = self._step(policy.velocity(batch.x, batch.sigma, conditions), batch, sigma_max)
-        log_ratio = self.transition.log_prob(batch.x_next, _rows(step, batch.state)) - batch.log_prob
+        log_prob = self.transition.log_prob(batch.x_next, _rows(step, batch.state))
+        log_ratio = log_prob - (log_prob.detach() if batch.log_prob is None else batch.log_prob)
         value = losses.clipped_policy_loss(log_ratio, advantages, clip_range=self.clip_range).mean()
         ratio = log_ratio.detach().exp()
         metrics = {
@@ -62,7 +64,17 @@ class ClippedRatio:
             reference = self._step(policy.reference_velocity(batch.x, batch.sigma, conditions), batch, sigma_max)
             kl = self._kl(step, reference.mean, batch)[batch.state].mean()
             value, metrics["policy/kl"] = value + self.kl_weight * kl, kl.detach()
-        return Loss(value, {"policy/loss": value.detach(), **metrics})
+        deviation = (log_prob.detach() - batch.rollout_log_prob).abs().max()
+        return Loss(value, deviation, {"policy/loss": value.detach(), **metrics})
+
+    def log_prob(self, policy: Policy, batch: Transitions, conditions: Conditions, sigma_max: float) -> Tensor:
+        """Log-probabilities [M] float32 of the transitions under the present policy.
+
+        Computed with gradients, as loss() does, even where nothing follows from them: a compiled network has another
+        program without, whose last bits differ.
+        """
+        step = self._step(policy.velocity(batch.x, batch.sigma, conditions), batch, sigma_max)
+        return self.transition.log_prob(batch.x_next, _rows(step, batch.state)).detach()
 
     def _step(self, velocity: Tensor, batch: Transitions, sigma_max: float) -> Gaussian:
         return self.transition.step(batch.x, velocity, batch.sigma, batch.sigma_next, sigma_max)

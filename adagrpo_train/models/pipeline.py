@@ -1,5 +1,6 @@
 """What every diffusers text-to-image pipeline shares as a flow model: decoding, adapters, export. Nothing about RL."""
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,7 +67,9 @@ class PipelineModel:
             raise ConfigError(f"model.decode_batch={decode_batch}: must be >= 1")
         self.dtype, self.device = _dtype(dtype), device
         self.pipeline = load(pipeline_class, path, self.dtype, without).to(device)
-        self.num_steps, self._decode_batch = num_steps, decode_batch
+        self.num_steps, self._decode_batch, self._path = num_steps, decode_batch, path
+        self._without: tuple[str, ...] = tuple(without)
+        self._released: tuple[str, ...] = ()
         step = self.pipeline.vae_scale_factor * self.patch_size
         if resolution < step or resolution % step:
             raise ConfigError(f"model.resolution={resolution}: must be a multiple of {step}")
@@ -100,11 +103,25 @@ class PipelineModel:
             raise ConfigError(f"trainable.targets={scope}: choose {' or '.join(self.lora_scopes)}")
         return list(self.lora_scopes[scope])
 
+    def text_components(self) -> dict[str, Any]:
+        """The text encoders that are loaded, and the tokenizers, by name."""
+        return {
+            name: component
+            for name, component in self.pipeline.components.items()
+            if name.startswith(("text_encoder", "tokenizer")) and component is not None
+        }
+
     def text_encoders(self) -> Iterator[nn.Module]:
         """The text encoders that are loaded."""
-        for name, component in self.pipeline.components.items():
-            if name.startswith("text_encoder") and component is not None:
-                yield component
+        return (part for part in self.text_components().values() if isinstance(part, nn.Module))
+
+    def release_text_encoders(self) -> None:
+        """Free the memory of the text encoders; encode() does not work any more."""
+        self._released = tuple(name for name, part in self.text_components().items() if isinstance(part, nn.Module))
+        self.pipeline.register_modules(**dict.fromkeys(self._released))
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> np.ndarray:
@@ -126,7 +143,13 @@ class PipelineModel:
 
     def export_full(self, folder: Path) -> None:
         """Write the whole pipeline for `from_pretrained(folder, ...)` of its class."""
+        released = self._released
+        if released:
+            again = load(type(self.pipeline), self._path, self.dtype, (*self._without, "transformer", "vae"))
+            self.pipeline.register_modules(**{name: getattr(again, name) for name in released})
         self.pipeline.save_pretrained(str(folder))
+        if released:
+            self.release_text_encoders()
 
 
 def _dtype(name: str) -> torch.dtype:

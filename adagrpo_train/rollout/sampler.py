@@ -9,6 +9,7 @@ from adagrpo_train.errors import ConfigError
 from adagrpo_train.functional.transitions import ode_step
 from adagrpo_train.interfaces import Plan, Transition, Velocity
 from adagrpo_train.runtime.noise import INITIAL, SHARED, NoiseKey, keyed_noise
+from adagrpo_train.runtime.transfer import to_device
 from adagrpo_train.types import Conditions, Gaussian, Prompts, Rollout, StepPlan, Transitions, Trunks
 
 
@@ -48,7 +49,8 @@ class FlowSampler:
         if micro_batch < 1:
             raise ConfigError(f"micro_batch={micro_batch}: must be >= 1")
         self._transition, self._plan = transition, plan
-        self._sigmas = sigmas.to(device, torch.float32)
+        self._grid = sigmas.to("cpu", torch.float32)  # read by the host
+        self._sigmas = self._grid.to(device)  # read by the network and the steps
         self._latent_shape, self._latent_dtype, self._device = latent_shape, latent_dtype, device
         self._group_size, self._micro_batch, self._seed = group_size, micro_batch, seed
         self.steps(0)
@@ -68,7 +70,7 @@ class FlowSampler:
     @property
     def sigma_max(self) -> float:
         """Second sigma of the grid; it stands in for sigma = 1 where Flow-SDE divides by 1 - sigma."""
-        return float(self._sigmas[1])
+        return float(self._grid[1])
 
     def steps(self, iteration: int) -> StepPlan:
         """Noisy and trained steps of an iteration, the same on every rank."""
@@ -117,14 +119,15 @@ class FlowSampler:
             trunks = self.trunks(velocity, conditions, prompts, iteration)
         rollout = self._branch(velocity, conditions, prompts, trunks, iteration)
         # The last step runs over all samples together, so none is finished before the others.
-        for rows in torch.arange(len(rollout.x0)).split(self._micro_batch):
-            finished(rollout.x0[rows], rollout.prompt[rows], rollout.group[rows])
+        parts = (rows.split(self._micro_batch) for rows in (rollout.x0, rollout.prompt, rollout.group))
+        for x0, prompt, group in zip(*parts, strict=True):
+            finished(x0, prompt, group)
         return rollout
 
     @torch.no_grad()
     def render(self, velocity: Velocity, conditions: Conditions, noise: Tensor) -> Tensor:
         """Noise-free samples [N, *latent] from the given initial noise [N, *latent]."""
-        x = noise.to(self._device, self._latent_dtype)
+        x = to_device(noise, self._device).to(self._latent_dtype)
         for i in range(self.num_steps):
             x = self._ode_step(velocity, x, i, conditions)
         return x
@@ -146,7 +149,7 @@ class FlowSampler:
             owners, members = prompt[rows].tolist(), member[rows].tolist()
             starts = [SHARED] * len(rows) if self._plan.shared_noise else members
             x = self._initial_noise(prompts[owners], starts, iteration)
-            c = conditions[prompt[rows].to(self._device)]
+            c = conditions[to_device(prompt[rows], self._device)]
             for i in range(self.num_steps):
                 if i not in plan.noisy:
                     x = self._ode_step(velocity, x, i, c)
@@ -172,7 +175,7 @@ class FlowSampler:
         drawn: list[Tensor] = []
         recorded: list[Transitions] = []
         for rows in torch.arange(len(prompt)).split(self._micro_batch):
-            sigma, sigma_next = self._sigmas[start[rows]], self._sigmas[start[rows] + 1]
+            sigma, sigma_next = (to_device(self._grid[start[rows] + ahead], self._device) for ahead in (0, 1))
             sample = (rows[:, None] * size + torch.arange(size)).flatten()
             noise = torch.cat(
                 [
@@ -180,8 +183,10 @@ class FlowSampler:
                     for r in rows
                 ]
             )
-            c = conditions[prompt[rows].to(self._device)]
-            step = self._draw(velocity, anchors[rows], sigma, sigma_next, c, noise, prompt[rows], sample)
+            c = conditions[to_device(prompt[rows], self._device)]
+            step = self._draw(
+                velocity, anchors[to_device(rows, self._device)], sigma, sigma_next, c, noise, prompt[rows], sample
+            )
             recorded.append(step)
             drawn.append(step.x_next)
         group = torch.arange(len(prompt)).repeat_interleave(size)
@@ -193,7 +198,8 @@ class FlowSampler:
         x = x.clone()
         for i in range(int(first.min()), self.num_steps):
             for rows in torch.nonzero(first <= i).flatten().split(self._micro_batch):
-                x[rows] = self._ode_step(velocity, x[rows], i, conditions[prompt[rows].to(self._device)])
+                at, c = to_device(rows, self._device), conditions[to_device(prompt[rows], self._device)]
+                x[at] = self._ode_step(velocity, x[at], i, c)
         return x
 
     def _draw(
@@ -214,7 +220,7 @@ class FlowSampler:
         # The density is that of the rounded state: the network never sees the unrounded one.
         x_next = (drawn.mean + drawn.std * noise).to(self._latent_dtype)
         log_prob = self._transition.log_prob(x_next, drawn)
-        return Transitions(x, sigma, sigma_next, prompt, x_next, state, sample, log_prob)
+        return Transitions(x, sigma, sigma_next, prompt, x_next, state, sample, log_prob, rollout_log_prob=log_prob)
 
     def _ode_step(self, velocity: Velocity, x: Tensor, i: int, conditions: Conditions) -> Tensor:
         parts = []
@@ -235,4 +241,4 @@ class FlowSampler:
             NoiseKey(self._seed, iteration, prompt_id, sample, step)
             for prompt_id, sample in zip(prompts.ids, samples, strict=True)
         ]
-        return keyed_noise(keys, self._latent_shape).to(self._device)
+        return to_device(keyed_noise(keys, self._latent_shape), self._device)

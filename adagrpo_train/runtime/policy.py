@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adagrpo_train.errors import CheckpointError
 from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.runtime.prompt_cache import PromptEncoder
 from adagrpo_train.runtime.weights import WeightAverage
 from adagrpo_train.types import Conditions
 
@@ -22,7 +23,6 @@ class FlowModel(Protocol):
     def transformer(self) -> nn.Module: ...
     @property
     def evaluations_per_velocity(self) -> int: ...
-    def encode(self, texts: list[str]) -> Conditions: ...
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor: ...
     def decode(self, x0: Tensor) -> np.ndarray: ...
 
@@ -40,12 +40,21 @@ class Policy:
     Args:
         model: the flow model, its trainable weights already chosen.
         trainable: gives the reference.
+        encoder: gives the embeddings of prompts.
         average: decay and interval of the weight average.
         engine: wraps the network for several processes.
     """
 
-    def __init__(self, *, model: FlowModel, trainable: Trainable, average: dict[str, float], engine: Engine) -> None:
-        self._model, self._trainable, self._engine = model, trainable, engine
+    def __init__(
+        self,
+        *,
+        model: FlowModel,
+        trainable: Trainable,
+        encoder: PromptEncoder,
+        average: dict[str, float],
+        engine: Engine,
+    ) -> None:
+        self._model, self._trainable, self._encoder, self._engine = model, trainable, encoder, engine
         self.parameters = [p for p in model.transformer.parameters() if p.requires_grad]
         self.average = WeightAverage(self.parameters, decay=average["decay"], interval=int(average["interval"]))
         self.network = engine.prepare(model.transformer)
@@ -53,7 +62,7 @@ class Policy:
         """Network rows evaluated so far: "sampling" without gradient, "training" with, "reference"."""
 
     def encode(self, texts: list[str]) -> Conditions:
-        return self._model.encode(texts)
+        return self._encoder.encode(texts)
 
     def decode(self, x0: Tensor) -> np.ndarray:
         return self._model.decode(x0)

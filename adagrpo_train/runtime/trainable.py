@@ -95,7 +95,8 @@ class Full:
         dtypes = {parameter.dtype for parameter in model.transformer.parameters()}
         if dtypes != {torch.float32}:
             raise ConfigError(
-                "trainable=full needs model.dtype=float32; for other types train adapters: trainable=lora"
+                "trainable=full needs model.dtype=float32: in half precision most updates would be rounded away. For "
+                "arithmetic in bfloat16 add network.autocast=bfloat16, or train adapters: trainable=lora"
             )
         model.transformer.requires_grad_(True)
         self._model = model

@@ -150,7 +150,7 @@ class Probe:
 
     def loss(self, policy, batch, conditions, advantages, sigma_max):
         loss = self.inner.loss(policy, batch, conditions, advantages, sigma_max)
-        return Loss(loss.value, loss.metrics | {"policy/probe": batch.sample.double().mean()})
+        return Loss(loss.value, loss.rollout_deviation, loss.metrics | {"policy/probe": batch.sample.double().mean()})
 
 
 @pytest.mark.parametrize("micro_batch", [2, 3])

@@ -146,6 +146,7 @@ def test_an_anchor_shared_by_its_group_has_the_gradient_of_replicated_anchors(tm
         torch.arange(len(batch.state)),
         batch.sample,
         batch.log_prob,
+        batch.rollout_log_prob,
     )
     gradients = []
     for shape in (batch, replicated):

@@ -118,6 +118,7 @@ def test_a_stop_signal_saves_and_exits_cleanly(number: signal.Signals, tmp_path:
 
 def test_two_processes_stop_cleanly_and_resume_bit_for_bit(tmp_path: Path) -> None:
     settings = ["iterations=40", "checkpoint.every=0", "evaluation.every=0"]
+    settings += ["update_micro_batch=2", "updates_per_iteration=2"]  # an update in parts, evaluated before it
     stopped = tmp_path / "stopped"
     launcher = subprocess.Popen(
         command(*settings, f"hydra.run.dir={stopped}", processes=2), env=environment(), cwd=ROOT
@@ -215,7 +216,16 @@ def test_a_changed_configuration_is_not_continued(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [["trainable=lora"], ["trainable=full", "plan=branch", "algorithm.objective.kl_weight=0.1", "optimizer.lr=1e-4"]],
+    [
+        ["trainable=lora"],
+        [
+            "trainable=full",
+            "plan=branch",
+            "algorithm.objective.kl_weight=0.1",
+            "optimizer.lr=1e-4",
+            "update_micro_batch=4",
+        ],
+    ],
     ids=["lora", "full, branches, kl"],
 )
 def test_two_processes_give_the_result_of_one(overrides: list[str], tmp_path: Path) -> None:
