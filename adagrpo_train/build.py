@@ -34,7 +34,7 @@ from adagrpo_train.types import RunInfo
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-FREE_ON_RESUME = ("iterations", "resume", "tracker", "evaluation.every", "checkpoint", "name", "engine.kind")
+FREE_ON_RESUME = ("iterations", "resume", "tracker", "evaluation.every", "checkpoint", "name", "engine")
 """Keys that may differ between a checkpoint and the run that continues from it: they do not change the result."""
 
 INPUTS = ("model.path", "prompts.path", "prompts.evaluation_path")
@@ -50,6 +50,7 @@ class Parts:
     rewards: Rewards
     scorer: Scorer
     evaluator: Evaluator
+    optimizer: Optimizer | None  # None when nothing is trained
 
 
 def make_engine(settings: Settings) -> Engine:
@@ -57,8 +58,8 @@ def make_engine(settings: Settings) -> Engine:
     return _make(settings.values["engine"], "engine")
 
 
-def make_parts(settings: Settings, engine: Engine, run_dir: Path) -> Parts:
-    """Model, policy, sampler, rewards, scorer and evaluator."""
+def make_parts(settings: Settings, engine: Engine, run_dir: Path, *, training: bool) -> Parts:
+    """Model, policy, sampler, rewards, scorer and evaluator; for training the optimizer too."""
     values = settings.values
     entries = [_entry(name, section) for name, section in values["reward"].items()]
     # Prompt files are read before the model is loaded: a wrong path should not cost a minute.
@@ -77,7 +78,11 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path) -> Parts:
     )
     trainable = _make(values["trainable"], "trainable")
     trainable.attach(model, seed=values["seed"], reference=values["algorithm"]["objective"]["kl_weight"] > 0)
-    policy = Policy(model=model, trainable=trainable, average=values["weight_average"], engine=engine)
+    trained = [parameter for parameter in model.transformer.parameters() if parameter.requires_grad]
+    optimizer = _make(values["optimizer"], "optimizer", params=trained) if training else None
+    policy = Policy(
+        model=model, trainable=trainable, optimizer=optimizer, average=values["weight_average"], engine=engine
+    )
     rewards = Rewards(entries, engine=engine, log_dir=run_dir / "rewards")
     scorer = Scorer(
         rewards.sources,
@@ -98,7 +103,7 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path) -> Parts:
         scorer=scorer,
         engine=engine,
     )
-    return Parts(policy, sampler, rewards, scorer, evaluator)
+    return Parts(policy, sampler, rewards, scorer, evaluator, optimizer)
 
 
 def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Snapshot | None) -> tuple[Trainer, Parts]:
@@ -122,8 +127,8 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
     )
     advantage = _make(values["advantage"], "advantage")
     objective = _make(values["algorithm"]["objective"], "algorithm.objective")
-    parts = make_parts(settings, engine, run_dir)
-    optimizer = _make(values["optimizer"], "optimizer", params=parts.policy.parameters)
+    parts = make_parts(settings, engine, run_dir, training=True)
+    assert parts.optimizer is not None
     trainer = Trainer(
         prompts=prompts,
         curriculum=curriculum,
@@ -132,8 +137,8 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         advantage=advantage,
         objective=objective,
         policy=parts.policy,
-        optimizer=optimizer,
-        rates=_rates(optimizer, values),
+        optimizer=parts.optimizer,
+        rates=_rates(parts.optimizer, values),
         evaluator=parts.evaluator,
         checkpoints=Checkpoints(run_dir / "checkpoints", keep=values["checkpoint"]["keep"]),
         engine=engine,

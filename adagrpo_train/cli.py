@@ -106,10 +106,13 @@ def _train(settings: Settings) -> None:
             tracker = build.make_tracker(settings, run_dir, snapshot)
             (run_dir / "summary.json").unlink(missing_ok=True)  # of a shorter run that this one goes on from
         outcome = trainer.train(tracker)
-        if engine.is_main and outcome == "completed":
-            with parts.policy.average.applied(), whole_folder(run_dir / "export") as draft:
-                parts.policy.export(draft)
-            _summarise(run_dir)
+        if outcome == "completed":
+            with parts.policy.average.applied():
+                weights = parts.policy.exported()
+                if engine.is_main:
+                    with whole_folder(run_dir / "export") as draft:
+                        parts.policy.export(draft, weights)
+                    _summarise(run_dir)
         status = outcome
     finally:
         parts.rewards.close()
@@ -147,7 +150,7 @@ def _evaluate(settings: Settings) -> None:
 
     engine = build.make_engine(settings)
     snapshot = build.open_snapshot(settings, engine)
-    parts = build.make_parts(settings, engine, settings.run_dir)
+    parts = build.make_parts(settings, engine, settings.run_dir, training=False)
     if snapshot:
         build.check_same_model(settings, snapshot)
         parts.policy.load_state_dict(snapshot.tensors)

@@ -1,6 +1,7 @@
 """The training loop, top-down: prompts -> curriculum -> rollout -> rewards -> advantages -> update."""
 
 import logging
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,7 @@ class Trainer:
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a checkpoint as if the run had never stopped."""
         self._policy.load_state_dict(snapshot.tensors)
-        self._optimizer.load_state_dict(snapshot.optimizer)
+        self._engine.load_optimizer_state(self._optimizer, snapshot.optimizer)
         self._rates.load_state_dict(snapshot.state["rates"])
         self._updates = snapshot.state["updates"]
         self._restore_drawn_state(snapshot.state | snapshot.per_rank[self._engine.rank])
@@ -335,6 +336,7 @@ class Trainer:
     ) -> dict[str, float]:
         """Visit the transitions of usable samples once per inner epoch, in `updates_per_iteration` optimizer steps."""
         records: defaultdict[str, list[float]] = defaultdict(list)
+        before = self._engine.optimizer_steps
         per_epoch = self._schedule.updates_per_iteration // self._schedule.inner_epochs
         for epoch in range(self._schedule.inner_epochs):
             generator = torch.Generator().manual_seed(_order_seed(self._schedule.seed, iteration, epoch))
@@ -349,7 +351,7 @@ class Trainer:
                 metrics[name.removesuffix("_max")] = max(values)
             else:
                 metrics[name] = sum(values) / len(values)
-        return metrics | {"policy/updates": float(self._schedule.updates_per_iteration)}
+        return metrics | {"policy/updates": float(self._engine.optimizer_steps - before)}
 
     def _optimizer_step(
         self,
@@ -378,19 +380,17 @@ class Trainer:
             if first:
                 deviation = float(loss.metrics["policy/ratio_max_deviation_max"])
                 records["policy/first_ratio_deviation_max"].append(deviation)
-        norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters, self._schedule.max_grad_norm)
-        if not bool(torch.isfinite(norm)):
+        norm = self._engine.step(self._optimizer, self._policy.parameters, max_grad_norm=self._schedule.max_grad_norm)
+        if not math.isfinite(norm):
             raise TrainingError(
-                f"the gradient norm is {float(norm)} (losses {records['policy/loss'][-len(batches) :]}); the weights "
+                f"the gradient norm is {norm} (losses {records['policy/loss'][-len(batches) :]}); the weights "
                 "were left as they were. Lower optimizer.lr, or look at the rewards of the last iteration"
             )
         records["policy/lr"].append(self._optimizer.param_groups[0]["lr"])
-        self._optimizer.step()
         self._rates.step()
-        self._optimizer.zero_grad(set_to_none=True)
         self._policy.average.update(self._updates)
         self._updates += 1
-        records["policy/grad_norm"].append(float(norm))
+        records["policy/grad_norm"].append(norm)
 
     def _log_choice(self, candidates: Prompts, choice: "_Choice", iteration: int) -> dict[str, float]:
         """Log every candidate with its score; return figures about the choice."""
@@ -457,12 +457,14 @@ class Trainer:
     def _save(self, iteration: int) -> None:
         drawn = self._drawn_state()
         per_rank = self._engine.gather_objects({key: drawn[key] for key in ("curriculum", "random")})
+        # What is divided among processes is put together by all of them.
+        tensors, optimizer = self._policy.state_dict(), self._engine.optimizer_state(self._optimizer)
         if self._engine.is_main:
             tracker = self._tracker.state_dict() if self._tracker else {}
             snapshot = Snapshot(
                 iteration=iteration,
-                tensors=self._policy.state_dict(),
-                optimizer=self._optimizer.state_dict(),
+                tensors=tensors,
+                optimizer=optimizer,
                 state={
                     "prompts": drawn["prompts"],
                     "scoring": drawn["scoring"],

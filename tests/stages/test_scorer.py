@@ -11,7 +11,7 @@ import torch
 
 from adagrpo_train.algorithms.advantages import Group
 from adagrpo_train.errors import ConfigError, RewardError
-from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.runtime.replicated import ReplicatedEngine
 from adagrpo_train.scoring.entry import RewardEntry
 from adagrpo_train.scoring.scorer import Scorer, Source
 from rewards.client.batch import RewardBatch, RewardRefusedError, RewardUnavailableError
@@ -76,7 +76,7 @@ def scorer(*pairs: tuple[RewardEntry, Table | InprocClient], **settings: Any) ->
         for own, reward in pairs
     ]
     defaults: dict[str, Any] = {"scale": "raw", "level": "reward", "alpha": 0.5}
-    return Scorer(sources, **(defaults | settings), engine=Engine(kind="single", device="cpu"))
+    return Scorer(sources, **(defaults | settings), engine=alone())
 
 
 def images(prompts: Sequence[str]) -> np.ndarray:
@@ -191,11 +191,15 @@ def test_a_sample_that_lacks_a_required_score_has_no_advantage_though_other_part
     assert torch.allclose(got[1:], expected)
 
 
-class TwoRanks(Engine):
+def alone() -> ReplicatedEngine:
+    return ReplicatedEngine(kind="single", device="cpu", timeout_seconds=60)
+
+
+class TwoRanks(ReplicatedEngine):
     """This process and another one of which is known what it says."""
 
     def __init__(self, other: list[Any]) -> None:
-        super().__init__(kind="single", device="cpu")
+        super().__init__(kind="single", device="cpu", timeout_seconds=60)
         self._other = iter(other)
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -219,7 +223,13 @@ def test_a_server_that_comes_back_refused_stops_the_run_with_its_words() -> None
             raise RewardRefusedError("it scores with other weights now")
 
     source = Source(entry("first", on_unavailable="wait"), Changed(A, times=1))
-    one = Scorer([source], scale="raw", level="reward", alpha=0.5, engine=Engine(kind="single", device="cpu"))
+    one = Scorer(
+        [source],
+        scale="raw",
+        level="reward",
+        alpha=0.5,
+        engine=alone(),
+    )
     with pytest.raises(RewardError, match="other weights now") as caught:
         one.score(images("x"), ["x"])
     assert caught.value.on_every_rank
