@@ -9,15 +9,19 @@ import warnings
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adagrpo_train.errors import AdaGRPOError, ConfigError
 from adagrpo_train.settings import Settings, group_options, read_settings
 
+if TYPE_CHECKING:
+    from adagrpo_train.runtime.engine import Engine
+
 _TRAIN_HELP = """\
 usage: adagrpo-train [key=value ...]
-       accelerate launch --multi_gpu --num_processes N -m adagrpo_train [key=value ...]
-       (with ACCELERATE_USE_CPU=true in the environment: N processes on the CPU)
+       accelerate launch --config_file configs/accelerate/ENGINE.yaml --num_processes N \
+           -m adagrpo_train engine=ENGINE [key=value ...]
+       torchrun --nproc_per_node N -m adagrpo_train engine=ENGINE [key=value ...]
 
 Train a flow-matching text-to-image model with RL. Without arguments: the embedded tiny model, on any machine.
 
@@ -58,7 +62,7 @@ def evaluate_main(arguments: list[str] | None = None) -> int:
     return _run(arguments, _EVAL_HELP, _evaluate)
 
 
-def _run(arguments: list[str] | None, usage: str, command: Callable[[Settings], None]) -> int:
+def _run(arguments: list[str] | None, usage: str, command: "Callable[[Settings, Engine], None]") -> int:
     overrides = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(overrides):
         sys.stdout.write(usage)
@@ -76,7 +80,7 @@ def _run(arguments: list[str] | None, usage: str, command: Callable[[Settings], 
 
             sys.stdout.write(OmegaConf.to_yaml(OmegaConf.create(settings.values)))
             return 0
-        command(settings)
+        _on_each_rank(settings, command)
     except AdaGRPOError as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0":
@@ -87,13 +91,23 @@ def _run(arguments: list[str] | None, usage: str, command: Callable[[Settings], 
     return 0
 
 
-def _train(settings: Settings) -> None:
+def _on_each_rank(settings: Settings, command: "Callable[[Settings, Engine], None]") -> None:
+    """Join the other processes and run a command; if one of them fails, all end."""
     # Imported here: it takes seconds, and neither --help nor a misspelt key needs it.
+    from adagrpo_train import build
+    from adagrpo_train.runtime.failing import FailingTogether
+
+    engine = build.make_engine(settings)
+    with FailingTogether(rank=engine.rank, world_size=engine.world_size):
+        command(settings, engine)
+    engine.close()
+
+
+def _train(settings: Settings, engine: "Engine") -> None:
     from adagrpo_train import build
     from adagrpo_train.runtime.files import whole_folder
     from adagrpo_train.tracking.report import write_report
 
-    engine = build.make_engine(settings)
     snapshot = build.open_snapshot(settings, engine)
     if snapshot:
         build.check_continuation(settings, engine, snapshot)
@@ -121,7 +135,6 @@ def _train(settings: Settings) -> None:
                 tracker.finish(status)
             finally:
                 sys.stdout.write(f"report: {write_report(run_dir)}\n")
-    engine.close()
 
 
 def _summarise(run_dir: Path) -> None:
@@ -142,13 +155,12 @@ def _summarise(run_dir: Path) -> None:
     write_whole(run_dir / "summary.json", json.dumps(summary, indent=1))
 
 
-def _evaluate(settings: Settings) -> None:
+def _evaluate(settings: Settings, engine: "Engine") -> None:
     from PIL import Image
 
     from adagrpo_train import build
     from adagrpo_train.tracking.images import image_grid
 
-    engine = build.make_engine(settings)
     snapshot = build.open_snapshot(settings, engine)
     parts = build.make_parts(settings, engine, settings.run_dir, training=False)
     if snapshot:
@@ -165,7 +177,6 @@ def _evaluate(settings: Settings) -> None:
         for name, value in evaluation.metrics().items():
             sys.stdout.write(f"{name:<28} {value:.4f}\n")
         sys.stdout.write(f"{len(evaluation.prompts)} images; written to {settings.run_dir}\n")
-    engine.close()
 
 
 def _quieten() -> None:

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from adagrpo_train.errors import ConfigError, RewardError, TrainingError
 from adagrpo_train.evaluator import Evaluator
 from adagrpo_train.functional.advantages import mean_group_std, zero_variance_fraction
+from adagrpo_train.functional.visiting import visits
 from adagrpo_train.interfaces import Advantage, Curriculum, Objective, PromptSource, Tracker
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime.checkpoint import Checkpoints, Snapshot, random_state, restore_random_state
@@ -339,10 +340,10 @@ class Trainer:
         before = self._engine.optimizer_steps
         per_epoch = self._schedule.updates_per_iteration // self._schedule.inner_epochs
         for epoch in range(self._schedule.inner_epochs):
-            generator = torch.Generator().manual_seed(_order_seed(self._schedule.seed, iteration, epoch))
-            order = torch.randperm(len(batches), generator=generator)
-            for rows in torch.tensor_split(order, per_epoch):
-                self._optimizer_step([batches[row] for row in rows.tolist()], conditions, advantages, usable, records)
+            seed = _order_seed(self._schedule.seed, iteration, epoch)
+            first = self._engine.rank * len(batches)
+            for rows in visits(count=len(batches), first=first, updates=per_epoch, seed=seed):
+                self._optimizer_step([batches[row] for row in rows], conditions, advantages, usable, records)
         metrics: dict[str, float] = {}
         everywhere = self._engine.gather_objects(dict(records))
         for name in records:
@@ -498,6 +499,12 @@ class Trainer:
             raise ConfigError(
                 f"updates_per_iteration={self._schedule.updates_per_iteration}: an inner epoch has only {batches} "
                 f"batches on each process for {per_epoch} updates; lower micro_batch or updates_per_iteration"
+            )
+        if world > 1 and batches % per_epoch:
+            raise ConfigError(
+                f"updates_per_iteration={self._schedule.updates_per_iteration}: with {world} processes the {batches} "
+                f"batches of each must be a multiple of the {per_epoch} updates of an inner epoch, or processes would "
+                "differ in how much they compute; change micro_batch or updates_per_iteration"
             )
 
 

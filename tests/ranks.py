@@ -69,7 +69,7 @@ def _work(function: Callable[[int], int | None], rank: int, log: Path, variables
         for stream in (1, 2):
             os.dup2(descriptor, stream)
         # pytest has put its own in their place
-        sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
         for name in LAUNCHED:
             os.environ.pop(name, None)
         os.environ.update(variables)
@@ -79,9 +79,9 @@ def _work(function: Callable[[int], int | None], rank: int, log: Path, variables
         GradientState._reset_state()
         PartialState._reset_state()
         status = function(rank) or 0
-    except BaseException:
-        traceback.print_exc()
     finally:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

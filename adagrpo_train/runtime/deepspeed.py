@@ -17,16 +17,15 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
+from transformers.integrations import unset_hf_deepspeed_config
 
 from adagrpo_train.errors import ConfigError
-from adagrpo_train.runtime.engine import Engine, check_one_step
+from adagrpo_train.runtime.engine import Engine, check_elementwise, check_one_step, keeps_whole_weights
 from adagrpo_train.runtime.launch import be_a_group_of_one, check_launch, forget_launch, process_options, use_cpu
 from adagrpo_train.runtime.weights import Weights
 
 _WITHOUT_LIMIT = 2**60
 _DEEPSPEED_LIMIT = 10**9
-_FOR_ACTIVATIONS = 0.3
-"""Share of a GPU's memory that gather_for_rollout=auto leaves free beside whole weights, gradients and moments."""
 
 
 class ZeroEngine(Engine):
@@ -72,6 +71,8 @@ class ZeroEngine(Engine):
             Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=options),
             expected={DistributedType.DEEPSPEED},
         )
+        # At stage 3 transformers would divide every model that it loads: text encoders and rewards too.
+        unset_hf_deepspeed_config()
         self._zero: Any = None
         self._groups: list[list[nn.Parameter]] = []
 
@@ -89,7 +90,7 @@ class ZeroEngine(Engine):
             return network
         check_elementwise(optimizer, f"zero{self._stage}")
         if self._stage == 3:
-            keep = all(self.gather_objects(self._keeps_whole_weights(network)))
+            keep = keeps_whole_weights(self, network, self._gather)
             limits = self._accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
             limits["stage3_max_live_parameters"] = _WITHOUT_LIMIT if keep else _DEEPSPEED_LIMIT
             limits["stage3_max_reuse_distance"] = _WITHOUT_LIMIT if keep else 0
@@ -153,14 +154,6 @@ class ZeroEngine(Engine):
         for number, parameter in enumerate(parameters):
             for name in divided:
                 self._set_state(optimizer, parameter, name, state["state"][number][name])
-
-    def _keeps_whole_weights(self, network: nn.Module) -> bool:
-        if self._gather != "auto" or self.device.type == "cpu":
-            return self._gather != "never"
-        # The whole network is on the device now; gradients and two moments, all float32 and divided, will join it.
-        free, total = torch.cuda.mem_get_info(self.device)
-        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        return free - 12 * trained / self.world_size > _FOR_ACTIVATIONS * total
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self._groups for parameter in group]
@@ -262,19 +255,6 @@ class _DividedWeights(Weights):
         self._zero.empty_partition_cache()
         super().load(whole)
         self._zero.refresh_fp32_params()
-
-
-def check_elementwise(optimizer: Optimizer, engine: str) -> None:
-    """Refuse an optimizer whose state is not one number per weight, which is what dividing it needs.
-
-    Raises:
-        ConfigError: names the optimizer.
-    """
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        raise ConfigError(
-            f"optimizer={type(optimizer).__name__} with engine={engine}: only optimizers of torch.optim can be divided "
-            "and saved whole; use optimizer=adamw, or engine=ddp"
-        )
 
 
 def _joined(share: Tensor, parameter: Any) -> Tensor:

@@ -11,11 +11,14 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adagrpo_train.errors import AdaGRPOError, TrainingError
+from adagrpo_train.errors import AdaGRPOError, ConfigError, TrainingError
 from adagrpo_train.runtime.launch import launched_world_size
 from adagrpo_train.runtime.weights import Weights
 
 T = TypeVar("T")
+
+_FOR_ACTIVATIONS = 0.3
+"""Share of a GPU's memory that gather_for_rollout=auto leaves free beside whole weights, gradients and moments."""
 
 
 class Engine(ABC):
@@ -147,3 +150,31 @@ def check_one_step(before: int, after: int) -> None:
     """Refuse an update that made no optimizer step, or several."""
     if after != before + 1:
         raise TrainingError(f"an update made {after - before} optimizer steps; it must make 1")
+
+
+def check_elementwise(optimizer: Optimizer, engine: str) -> None:
+    """Refuse an optimizer whose state is not one number per weight, which is what dividing it needs.
+
+    Raises:
+        ConfigError: names the optimizer.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        raise ConfigError(
+            f"optimizer={type(optimizer).__name__} with engine={engine}: only optimizers of torch.optim can be divided "
+            "and saved whole; use optimizer=adamw, or engine=ddp"
+        )
+
+
+def keeps_whole_weights(engine: Engine, network: nn.Module, gather: str) -> bool:
+    """Whether an engine that divides weights should keep them whole once gathered; the same on every rank.
+
+    Args:
+        network: still whole, on the device.
+        gather: engine.gather_for_rollout.
+    """
+    if gather != "auto" or engine.device.type == "cpu":
+        return gather != "never"
+    # Beside the whole network there will be gradients and two moments, all float32 and divided.
+    free, total = torch.cuda.mem_get_info(engine.device)
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    return all(engine.gather_objects(free - 12 * trained / engine.world_size > _FOR_ACTIVATIONS * total))
