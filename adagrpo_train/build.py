@@ -172,8 +172,10 @@ def inputs_of(settings: Settings) -> dict[str, str]:
 def check_continuation(settings: Settings, engine: Engine, snapshot: Snapshot) -> None:
     """Refuse to continue a run that would then not be the same run.
 
+    Another engine or number of processes continues it up to rounding, and is named in the log.
+
     Raises:
-        CheckpointError: another configuration, other inputs or another number of processes.
+        CheckpointError: another configuration, other inputs, or another number of processes that each have a level.
         ConfigError: the run has already gone further.
     """
     resume, iterations = settings.values["resume"], settings.values["iterations"]
@@ -181,10 +183,17 @@ def check_continuation(settings: Settings, engine: Engine, snapshot: Snapshot) -
     if settings.values["lr_schedule"]["anneal_iterations"]:
         free = tuple(key for key in free if key != "iterations")  # the fall of the rate is counted from the end
     checkpoint.check_compatible(snapshot.config, settings.values, free=free)
-    if len(snapshot.per_rank) != engine.world_size:
+    processes = len(snapshot.per_rank)
+    if processes != engine.world_size and settings.values["curriculum"].get("per_rank", False):
         raise CheckpointError(
-            f"resume={resume}: the checkpoint was made by {len(snapshot.per_rank)} processes, "
-            f"this run has {engine.world_size}; launch as many"
+            f"resume={resume}: the checkpoint was made by {processes} processes, this run has {engine.world_size}; "
+            "with curriculum.per_rank=true each has a level of its own, so launch as many"
+        )
+    if processes != engine.world_size or snapshot.config["engine"] != settings.values["engine"]:
+        _log.info(
+            "the checkpoint was made by %d processes with %s, this run has %d with %s: it goes on with the same "
+            "weights and optimizer state, equal to an uninterrupted run up to rounding",
+            *(processes, _engine_name(snapshot.config), engine.world_size, _engine_name(settings.values)),
         )
     if snapshot.iteration > iterations:
         raise ConfigError(f"resume={resume} is already at iteration {snapshot.iteration}, beyond {iterations=}")
@@ -306,6 +315,12 @@ def _entry(name: str, section: dict[str, Any]) -> RewardEntry:
     if "_target_" not in section:
         raise ConfigError(f"reward.{name}: has settings but is not chosen; add {name} to reward=[...]")
     return _make(section, f"reward.{name}", name=name)
+
+
+def _engine_name(values: dict[str, Any]) -> str:
+    """The engine section of a configuration in words."""
+    section = values["engine"]
+    return " ".join(f"{key}={value}" for key, value in section.items() if key != "_target_")
 
 
 def _default_name(settings: Settings) -> str:

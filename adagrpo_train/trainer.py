@@ -165,7 +165,9 @@ class Trainer:
         self._engine.load_optimizer_state(self._optimizer, snapshot.optimizer)
         self._rates.load_state_dict(snapshot.state["rates"])
         self._updates = snapshot.state["updates"]
-        self._restore_drawn_state(snapshot.state | snapshot.per_rank[self._engine.rank])
+        # With more processes than there were: their states differ only under per_rank, which then is refused.
+        per_rank = snapshot.per_rank[min(self._engine.rank, len(snapshot.per_rank) - 1)]
+        self._restore_drawn_state(snapshot.state | per_rank)
         self._first = snapshot.iteration
 
     def _train_or_save(self, iteration: int) -> dict[str, float]:

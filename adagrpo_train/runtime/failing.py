@@ -49,7 +49,7 @@ class FailingTogether:
         if _is_of_communication(error):
             raise TrainingError(
                 f"lost another process: it was killed, its machine is gone, or it did not answer within "
-                f"engine.timeout_seconds ({error})"
+                f"engine.timeout_seconds ({str(error).partition('. ')[0]})"
             ) from error
 
     def _leave_note(self, text: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,9 @@ from adagrpo_train.errors import CheckpointError
 from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.weights import WeightAverage, Weights, replaced
 from adagrpo_train.types import Conditions
+
+_TEXTS = 8
+"""Prompts encoded at once."""
 
 
 class FlowModel(Protocol):
@@ -67,7 +71,16 @@ class Policy:
         """Network rows evaluated so far: "sampling" without gradient, "training" with, "reference"."""
 
     def encode(self, texts: list[str]) -> Conditions:
-        return self._model.encode(texts)
+        """Embeddings of texts, one row each, in batches of one size.
+
+        Matrix products of other sizes round otherwise, so that an embedding would depend on how many prompts are
+        encoded beside it, and with them on the number of processes.
+        """
+        filled = texts + texts[-1:] * (-len(texts) % _TEXTS)
+        parts = [self._model.encode(filled[start : start + _TEXTS]) for start in range(0, len(filled), _TEXTS)]
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Conditions)}
+        whole = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
+        return Conditions(**whole)[torch.arange(len(texts), device=parts[0].prompt_embeds.device)]
 
     def decode(self, x0: Tensor) -> np.ndarray:
         return self._model.decode(x0)

@@ -1,0 +1,221 @@
+"""Every engine with real processes: the same run, exact resume, and an end when a process fails."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+from adagrpo_train import build
+from adagrpo_train.cli import main
+from adagrpo_train.rollout.sampler import FlowSampler
+from adagrpo_train.runtime import checkpoint, fsdp
+from adagrpo_train.settings import read_settings
+from tests.ranks import launch, output, wait
+from tests.support import Memory
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+RUN = [
+    "debug=smoke", "adagrpo=on", "curriculum.candidates=8", "curriculum.chosen=4", "group_size=2", "micro_batch=2",
+    "model.num_steps=3", "model.decode_batch=2", "optimizer.lr=1e-4", "evaluation.images=4", "evaluation.grid_images=1",
+    "reward.shapes.weights={smooth: 1.0}",
+]  # fmt: skip
+"""4 prompts in batches of 2: on 1, 2 and 4 processes the network sees the same batches."""
+
+VARIANTS = {
+    "lora": ["trainable=lora", "inner_epochs=2", "updates_per_iteration=4"],
+    "full": ["trainable=full", "plan=branch", "plan.at=[0,1]", "algorithm.objective.kl_weight=0.1"],
+}
+TABLE = [("ddp", 2), ("ddp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_result_does_not_depend_on_the_engine_or_the_number_of_processes(variant: str, tmp_path: Path) -> None:
+    """Prompts, rewards, level and advantages to the last bit; norms and weights up to the order of sums."""
+    alone = _trained(variant, "single", 1, tmp_path)
+    assert _distance(alone["tensors"]["trainable"], alone["start"]) > 1e-3, "the runs hardly train"
+    for engine, processes in TABLE:
+        other = _trained(variant, engine, processes, tmp_path)
+        case = f"{engine} with {processes} processes"
+        assert other["prompts"] == alone["prompts"], case
+        assert len(other["rows"]) == len(alone["rows"]) == 5, case
+        for ours, theirs in zip(other["rows"], alone["rows"], strict=True):
+            for key, value in theirs.items():
+                if not key.startswith(("time/", "memory/")):
+                    exact = key.split("/")[0] in ("reward", "curriculum", "nfe") or key == "policy/updates"
+                    assert ours[key] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-6)), (case, key)
+        for name, tensors in alone["tensors"].items():
+            assert _distance(other["tensors"][name], tensors) < 1e-6, (case, name)
+        _check_optimizer(other["optimizer"], alone["optimizer"])
+        if variant == "full":
+            _check_export(tmp_path / f"full-{engine}-{processes}" / "export", other["tensors"]["trainable"])
+
+
+def _trained(variant: str, engine: str, processes: int, folder: Path) -> dict[str, Any]:
+    """What three iterations leave behind on the main rank."""
+    run = folder / f"{variant}-{engine}-{processes}"
+    settings = [*RUN, *VARIANTS[variant], "iterations=3", f"engine={engine}"]
+
+    def work(rank: int) -> None:
+        if engine == "fsdp2":
+            fsdp._refuse_cpu = lambda: None  # its code runs on gloo as well
+        values = read_settings([*settings, f"hydra.run.dir={run}"])
+        made = build.make_engine(values)
+        trainer, parts = build.make_trainer(values, made, run, None)
+        memory = Memory()
+        start = {name: value.clone() for name, value in parts.policy.state_dict()["trainable"].items()}
+        trainer.train(memory if made.is_main else None)
+        result = {
+            "start": start,
+            "rows": memory.rows,
+            "prompts": [[(p.prompt_id, p.score, p.chosen) for p in drawn] for drawn in memory.prompts],
+            "tensors": parts.policy.state_dict(),
+            "optimizer": made.optimizer_state(trainer._optimizer),
+        }
+        exported = parts.policy.exported()
+        if made.is_main:
+            torch.save(result, run / "result.pt")
+            parts.policy.export(run / "export", exported)
+        made.wait()
+
+    run.mkdir()
+    statuses = wait(launch(work, processes, run / "log"))
+    assert statuses == [0] * processes, output(run / "log", processes)[-6000:]
+    return torch.load(run / "result.pt", weights_only=True)
+
+
+def _distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Of two weight sets, relative to their size."""
+    assert ours.keys() == theirs.keys()
+    first, second = (torch.cat([each[key].flatten() for key in theirs]) for each in (ours, theirs))
+    return float((first - second).norm() / second.norm())
+
+
+def _check_optimizer(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Steps, settings and moments of whole parameters, as torch's optimizer has them by itself."""
+    assert ours["state"].keys() == theirs["state"].keys()
+    for group, other in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+        assert {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "params")} == {
+            key: other[key] for key in ("lr", "betas", "eps", "weight_decay", "params")
+        }
+    for number, entry in theirs["state"].items():
+        for key, value in entry.items():
+            torch.testing.assert_close(ours["state"][number][key], value, rtol=1e-3, atol=1e-7)
+
+
+def _check_export(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Stock diffusers reads the very weights that were trained."""
+    network = SD3Transformer2DModel.from_pretrained(folder / "transformer")
+    assert all(
+        torch.equal(read, weights[str(number)]) for number, read in enumerate(dict(network.named_parameters()).values())
+    )
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(engine: str, tmp_path: Path) -> None:
+    """The checkpoint then continues on one process without DeepSpeed as well, up to rounding."""
+    settings = [*RUN, "trainable=lora", "iterations=3", "checkpoint.every=1", "checkpoint.keep=3", "optimizer.lr=1e-3"]
+
+    def run(name: str, *overrides: str, processes: int = 2, kill_in: int | None = None, status: int = 0) -> Path:
+        def work(rank: int) -> int:
+            if kill_in is not None:
+                _call_in_rollout(kill_in, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            return main([*settings, *overrides])
+
+        statuses = wait(launch(work, processes, tmp_path / f"{name}.log"))
+        assert statuses == [status] * processes, output(tmp_path / f"{name}.log", processes)[-6000:]
+        return tmp_path / name
+
+    straight = run("straight", f"engine={engine}", f"hydra.run.dir={tmp_path / 'straight'}")
+    killed = run("killed", f"engine={engine}", f"hydra.run.dir={tmp_path / 'killed'}", kill_in=2, status=-9)
+    assert checkpoint.find(killed).name == "iteration_000002"
+    shutil.copytree(killed, tmp_path / "elsewhere")
+    run("resumed", f"engine={engine}", f"resume={killed}")
+    ours, theirs = (checkpoint.load(checkpoint.find(path)) for path in (killed, straight))
+    for name, tensors in theirs.tensors.items():
+        assert all(torch.equal(ours.tensors[name][key], value) for key, value in tensors.items()), name
+    assert _rows(killed) == _rows(straight)
+    for number, entry in theirs.optimizer["state"].items():
+        assert all(torch.equal(ours.optimizer["state"][number][key], value) for key, value in entry.items())
+
+    if engine != "ddp":
+        run("moved", "engine=single", f"resume={tmp_path / 'elsewhere'}", processes=1)
+        log = output(tmp_path / "moved.log", 1)
+        assert re.search(r"made by 2 processes with stage=\d .* this run has 1 with kind=single", log), log
+        moved = checkpoint.load(checkpoint.find(tmp_path / "elsewhere"))
+        assert _distance(moved.tensors["trainable"], theirs.tensors["trainable"]) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_a_process_that_fails_ends_the_others_which_say_why(engine: str, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of marbles")
+
+    statuses, seconds, log = _run_until(fail, engine, tmp_path / "raises")
+    assert all(statuses)
+    assert "RuntimeError: out of marbles" in log[1]
+    assert "error: ended because another process failed first, rank 1: RuntimeError: out of marbles" in log[0]
+    assert seconds < 30
+
+    statuses, seconds, log = _run_until(lambda: os.kill(os.getpid(), signal.SIGKILL), engine, tmp_path / "killed")
+    assert (statuses[0], statuses[1]) == (2, -9)
+    assert "error: lost another process: it was killed" in log[0]
+    assert seconds < 30
+
+
+def test_a_process_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> None:
+    statuses, seconds, log = _run_until(
+        lambda: time.sleep(3600), "ddp", tmp_path / "hangs", "engine.timeout_seconds=5", give_up=True
+    )
+    assert statuses[0] == 2
+    assert "did not answer within engine.timeout_seconds" in log[0]
+    assert 4 < seconds < 60
+
+
+def _run_until(
+    event: Any, engine: str, folder: Path, *overrides: str, give_up: bool = False
+) -> tuple[list[int], float, list[str]]:
+    """Two processes, the second of which meets an event in its second rollout; how they end and how long that took.
+
+    Args:
+        give_up: end the second process once the first has ended.
+    """
+    folder.mkdir()
+
+    def work(rank: int) -> int:
+        if rank == 1:
+            _call_in_rollout(1, lambda: ((folder / "now").touch(), event()))
+        return main([*RUN, "iterations=100", f"engine={engine}", f"hydra.run.dir={folder / 'run'}", *overrides])
+
+    first, second = launch(work, 2, folder / "log")
+    statuses = wait([first])
+    if give_up:
+        os.kill(second, signal.SIGKILL)
+    statuses += wait([second])
+    return statuses, time.time() - (folder / "now").stat().st_mtime, [(folder / f"log.{r}").read_text() for r in (0, 1)]
+
+
+def _call_in_rollout(iteration: int, event: Any) -> None:
+    """Let something happen in the middle of an iteration, after other processes have begun to wait."""
+    roll_out = FlowSampler.roll_out
+
+    def watched(self: Any, velocity: Any, conditions: Any, prompts: Any, trunks: Any, now: int, *others: Any) -> Any:
+        if now == iteration:
+            event()
+        return roll_out(self, velocity, conditions, prompts, trunks, now, *others)
+
+    FlowSampler.roll_out = watched  # type: ignore[method-assign]
+
+
+def _rows(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines]
