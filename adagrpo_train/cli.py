@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import closing
@@ -16,6 +17,9 @@ from adagrpo_train.settings import Settings, group_options, read_settings
 
 if TYPE_CHECKING:
     from adagrpo_train.runtime.engine import Engine
+
+_LATER_SECONDS = 2.0
+"""How much longer than the main process the others live after an error."""
 
 _TRAIN_HELP = """\
 usage: adagrpo-train [key=value ...]
@@ -87,6 +91,9 @@ def _run(arguments: list[str] | None, usage: str, command: "Callable[[Settings, 
             sys.stderr.write(f"error: {error}\n")
         elif settings is not None and not error.on_every_rank:  # unreadable settings are so on every rank
             sys.stderr.write(f"error on rank {rank}: {error}\n")
+        if rank != "0":
+            # The launcher ends all processes as soon as one is gone, the one that has the report to write among them.
+            time.sleep(_LATER_SECONDS)
         return 2
     return 0
 

