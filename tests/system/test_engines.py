@@ -31,7 +31,7 @@ RUN = [
 """4 prompts in batches of 2: on 1, 2 and 4 processes the network sees the same batches."""
 
 VARIANTS = {
-    "lora": ["trainable=lora", "inner_epochs=2", "updates_per_iteration=4"],
+    "lora": ["trainable=lora", "updates_per_iteration=2"],
     "full": ["trainable=full", "plan=branch", "plan.at=[0,1]", "algorithm.objective.kl_weight=0.1"],
 }
 TABLE = [("ddp", 2), ("ddp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)]
