@@ -91,7 +91,8 @@ class ZeroEngine(Engine):
         check_elementwise(optimizer, f"zero{self._stage}")
         if self._stage == 3:
             keep = keeps_whole_weights(self, network, self._gather)
-            limits = self._accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            plugin: Any = self._accelerator.state.deepspeed_plugin
+            limits = plugin.deepspeed_config["zero_optimization"]
             limits["stage3_max_live_parameters"] = _WITHOUT_LIMIT if keep else _DEEPSPEED_LIMIT
             limits["stage3_max_reuse_distance"] = _WITHOUT_LIMIT if keep else 0
         self._groups = [list(group["params"]) for group in optimizer.param_groups]

@@ -4,7 +4,7 @@ from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -79,7 +79,9 @@ class Policy:
         filled = texts + texts[-1:] * (-len(texts) % _TEXTS)
         parts = [self._model.encode(filled[start : start + _TEXTS]) for start in range(0, len(filled), _TEXTS)]
         columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Conditions)}
-        whole = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
+        whole: dict[str, Any] = {
+            name: None if column[0] is None else torch.cat(column) for name, column in columns.items()
+        }
         return Conditions(**whole)[torch.arange(len(texts), device=parts[0].prompt_embeds.device)]
 
     def decode(self, x0: Tensor) -> np.ndarray:

@@ -14,6 +14,7 @@ from diffusers import SD3Transformer2DModel
 
 from adagrpo_train import build
 from adagrpo_train.cli import main
+from adagrpo_train.errors import TrainingError
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime import checkpoint, fsdp
 from adagrpo_train.settings import read_settings
@@ -50,6 +51,7 @@ def test_the_result_does_not_depend_on_the_engine_or_the_number_of_processes(var
             assert _distance(other["tensors"][name], tensors) < 1e-6, (case, name)
         _check_optimizer(other["optimizer"], alone["optimizer"])
         assert other["restored"], case
+        assert other["refused"], case
         if variant == "full":
             _check_export(tmp_path / f"full-{engine}-{processes}" / "export", other["tensors"]["trainable"])
 
@@ -95,8 +97,9 @@ def _trained(variant: str, engine: str, processes: int, folder: Path) -> dict[st
             parts.policy.export(run / "export", exported)
         made.wait()
         restored = _restored(made, trainer, parts, torch.load(run / "result.pt", weights_only=True))
+        refused = _refused(made, trainer, parts)
         if made.is_main:
-            torch.save(result | {"restored": restored}, run / "result.pt")
+            torch.save(result | {"restored": restored, "refused": refused}, run / "result.pt")
 
     run.mkdir()
     statuses = wait(launch(work, processes, run / "log"))
@@ -115,6 +118,22 @@ def _restored(engine: Any, trainer: Any, parts: Any, saved: dict[str, Any]) -> b
         if engine.is_main and same != (change(0) == 0):
             return False
     return True
+
+
+def _refused(engine: Any, trainer: Any, parts: Any) -> bool:
+    """Whether gradients of the last process that are not finite stop all, and move no weight."""
+    advantages, before = trainer._advantages, _each(lambda value: value, parts.policy.state_dict())
+
+    def poisoned(*arguments: Any) -> Any:
+        values, usable, metrics = advantages(*arguments)
+        return values * (float("nan") if engine.rank == engine.world_size - 1 else 1.0), usable, metrics
+
+    trainer._advantages = poisoned
+    steps = engine.optimizer_steps
+    with pytest.raises(TrainingError, match=r"gradient norm is (nan|inf)"):
+        trainer._train_once(0)
+    same = all(torch.equal(a, b) for a, b in zip(_tensors(parts.policy.state_dict()), _tensors(before), strict=True))
+    return same and engine.optimizer_steps == steps
 
 
 def _each(change: Any, value: Any) -> Any:
