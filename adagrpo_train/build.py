@@ -46,7 +46,7 @@ FREE_ON_RESUME = (
     "evaluation.every",
     "checkpoint",
     "name",
-    "engine.kind",
+    "engine",
     "scoring.accept_changed_rewards",
     "network.gradient_checkpointing",
 )
@@ -83,6 +83,7 @@ class Parts:
     rewards: Rewards
     scorer: Scorer
     evaluator: Evaluator
+    optimizer: Optimizer | None  # None when nothing is trained
     stop: StopRequest
 
 
@@ -91,8 +92,8 @@ def make_engine(settings: Settings) -> Engine:
     return _make(settings.values["engine"], "engine")
 
 
-def make_parts(settings: Settings, engine: Engine, run_dir: Path) -> Parts:
-    """Model, policy, sampler, rewards, scorer and evaluator."""
+def make_parts(settings: Settings, engine: Engine, run_dir: Path, *, training: bool) -> Parts:
+    """Model, policy, sampler, rewards, scorer and evaluator; for training the optimizer too."""
     values = settings.values
     entries = [_entry(name, section) for name, section in values["reward"].items()]
     # Prompt files are read before the model is loaded: a wrong path should not cost a minute.
@@ -113,7 +114,16 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path) -> Parts:
     trainable.attach(model, seed=values["seed"], reference=values["algorithm"]["objective"]["kl_weight"] > 0)
     computation = Computation(model, engine.device, **values["network"])
     encoder = PromptEncoder(model, folder=values["prompt_cache"], engine=engine)
-    policy = Policy(model=model, trainable=trainable, encoder=encoder, average=values["weight_average"], engine=engine)
+    trained = [parameter for parameter in model.transformer.parameters() if parameter.requires_grad]
+    optimizer = _make(values["optimizer"], "optimizer", params=trained) if training else None
+    policy = Policy(
+        model=model,
+        trainable=trainable,
+        encoder=encoder,
+        optimizer=optimizer,
+        average=values["weight_average"],
+        engine=engine,
+    )
     rewards, stop = Rewards(entries, engine=engine, log_dir=run_dir / "rewards"), StopRequest()
     scorer = Scorer(
         rewards.sources,
@@ -135,7 +145,7 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path) -> Parts:
         scorer=scorer,
         engine=engine,
     )
-    return Parts(policy, encoder, computation, sampler, rewards, scorer, evaluator, stop)
+    return Parts(policy, encoder, computation, sampler, rewards, scorer, evaluator, optimizer, stop)
 
 
 def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Snapshot | None) -> tuple[Trainer, Parts]:
@@ -166,8 +176,8 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
     )
     advantage = _make(values["advantage"], "advantage")
     objective = _make(values["algorithm"]["objective"], "algorithm.objective")
-    parts = make_parts(settings, engine, run_dir)
-    optimizer = _make(values["optimizer"], "optimizer", params=parts.policy.parameters)
+    parts = make_parts(settings, engine, run_dir, training=True)
+    assert parts.optimizer is not None
     trainer = Trainer(
         prompts=prompts,
         curriculum=curriculum,
@@ -176,8 +186,8 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         advantage=advantage,
         objective=objective,
         policy=parts.policy,
-        optimizer=optimizer,
-        rates=_rates(optimizer, values),
+        optimizer=parts.optimizer,
+        rates=_rates(parts.optimizer, values),
         evaluator=parts.evaluator,
         checkpoints=Checkpoints(run_dir / "checkpoints", keep=values["checkpoint"]["keep"]),
         engine=engine,
@@ -221,8 +231,10 @@ def inputs_of(settings: Settings) -> dict[str, str]:
 def check_continuation(settings: Settings, engine: Engine, snapshot: Snapshot) -> None:
     """Refuse to continue a run that would then not be the same run.
 
+    Another engine or number of processes continues it up to rounding, and is named in the log.
+
     Raises:
-        CheckpointError: another configuration, other inputs or another number of processes.
+        CheckpointError: another configuration, other inputs, or another number of processes that each have a level.
         ConfigError: the run has already gone further.
     """
     resume, iterations = settings.values["resume"], settings.values["iterations"]
@@ -238,10 +250,17 @@ def check_continuation(settings: Settings, engine: Engine, snapshot: Snapshot) -
     if settings.values["lr_schedule"]["anneal_iterations"]:
         free = tuple(key for key in free if key != "iterations")  # the fall of the rate is counted from the end
     checkpoint.check_compatible(snapshot.config, settings.values, free=free)
-    if len(snapshot.per_rank) != engine.world_size:
+    processes = len(snapshot.per_rank)
+    if processes != engine.world_size and settings.values["curriculum"].get("per_rank", False):
         raise CheckpointError(
-            f"resume={resume}: the checkpoint was made by {len(snapshot.per_rank)} processes, "
-            f"this run has {engine.world_size}; launch as many"
+            f"resume={resume}: the checkpoint was made by {processes} processes, this run has {engine.world_size}; "
+            "with curriculum.per_rank=true each has a level of its own, so launch as many"
+        )
+    if processes != engine.world_size or snapshot.config["engine"] != settings.values["engine"]:
+        _log.info(
+            "the checkpoint was made by %d processes with %s, this run has %d with %s: it goes on with the same "
+            "weights and optimizer state, equal to an uninterrupted run up to rounding",
+            *(processes, _engine_name(snapshot.config), engine.world_size, _engine_name(settings.values)),
         )
     if snapshot.iteration > iterations:
         raise ConfigError(f"resume={resume} is already at iteration {snapshot.iteration}, beyond {iterations=}")
@@ -379,6 +398,12 @@ def _entry(name: str, section: dict[str, Any]) -> RewardEntry:
     if "_target_" not in section:
         raise ConfigError(f"reward.{name}: has settings but is not chosen; add {name} to reward=[...]")
     return _make(section, f"reward.{name}", name=name)
+
+
+def _engine_name(values: dict[str, Any]) -> str:
+    """The engine section of a configuration in words."""
+    section = values["engine"]
+    return " ".join(f"{key}={value}" for key, value in section.items() if key != "_target_")
 
 
 def _default_name(settings: Settings) -> str:

@@ -5,19 +5,27 @@ import logging
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adagrpo_train.errors import AdaGRPOError, ConfigError
 from adagrpo_train.settings import Settings, group_options, read_settings
 
+if TYPE_CHECKING:
+    from adagrpo_train.runtime.engine import Engine
+
+_LATER_SECONDS = 2.0
+"""How much longer than the main process the others live after an error."""
+
 _TRAIN_HELP = """\
 usage: adagrpo-train [key=value ...]
-       accelerate launch --multi_gpu --num_processes N -m adagrpo_train [key=value ...]
-       (with ACCELERATE_USE_CPU=true in the environment: N processes on the CPU)
+       accelerate launch --config_file configs/accelerate/ENGINE.yaml --num_processes N \
+           -m adagrpo_train engine=ENGINE [key=value ...]
+       torchrun --nproc_per_node N -m adagrpo_train engine=ENGINE [key=value ...]
 
 Train a flow-matching text-to-image model with RL. Without arguments: the embedded tiny model, on any machine.
 
@@ -59,7 +67,7 @@ def evaluate_main(arguments: list[str] | None = None) -> int:
     return _run(arguments, _EVAL_HELP, _evaluate)
 
 
-def _run(arguments: list[str] | None, usage: str, command: Callable[[Settings], None]) -> int:
+def _run(arguments: list[str] | None, usage: str, command: "Callable[[Settings, Engine], None]") -> int:
     overrides = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(overrides):
         sys.stdout.write(usage)
@@ -77,24 +85,37 @@ def _run(arguments: list[str] | None, usage: str, command: Callable[[Settings], 
 
             sys.stdout.write(OmegaConf.to_yaml(OmegaConf.create(settings.values)))
             return 0
-        command(settings)
+        _on_each_rank(settings, command)
     except AdaGRPOError as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0":
             sys.stderr.write(f"error: {error}\n")
         elif settings is not None and not error.on_every_rank:  # unreadable settings are so on every rank
             sys.stderr.write(f"error on rank {rank}: {error}\n")
+        if rank != "0":
+            # The launcher ends all processes as soon as one is gone, the one that has the report to write among them.
+            time.sleep(_LATER_SECONDS)
         return 2
     return 0
 
 
-def _train(settings: Settings) -> None:
+def _on_each_rank(settings: Settings, command: "Callable[[Settings, Engine], None]") -> None:
+    """Join the other processes and run a command; if one of them fails, all end."""
     # Imported here: it takes seconds, and neither --help nor a misspelt key needs it.
+    from adagrpo_train import build
+    from adagrpo_train.runtime.failing import FailingTogether
+
+    engine = build.make_engine(settings)
+    with FailingTogether(rank=engine.rank, world_size=engine.world_size):
+        command(settings, engine)
+    engine.close()
+
+
+def _train(settings: Settings, engine: "Engine") -> None:
     from adagrpo_train import build
     from adagrpo_train.runtime.files import whole_folder
     from adagrpo_train.tracking.report import write_report
 
-    engine = build.make_engine(settings)
     snapshot = build.open_snapshot(settings, engine)
     if snapshot:
         build.check_continuation(settings, engine, snapshot)
@@ -107,10 +128,13 @@ def _train(settings: Settings) -> None:
             tracker = build.make_tracker(settings, run_dir, snapshot)
             (run_dir / "summary.json").unlink(missing_ok=True)  # of a shorter run that this one goes on from
         outcome = trainer.train(tracker)
-        if engine.is_main and outcome == "completed":
-            with parts.policy.average.applied(), whole_folder(run_dir / "export") as draft:
-                parts.policy.export(draft)
-            _summarise(run_dir)
+        if outcome == "completed":
+            with parts.policy.average.applied():
+                weights = parts.policy.exported()
+                if engine.is_main:
+                    with whole_folder(run_dir / "export") as draft:
+                        parts.policy.export(draft, weights)
+                    _summarise(run_dir)
         status = outcome
     finally:
         parts.rewards.close()
@@ -119,7 +143,6 @@ def _train(settings: Settings) -> None:
                 tracker.finish(status)
             finally:
                 sys.stdout.write(f"report: {write_report(run_dir)}\n")
-    engine.close()
 
 
 def _summarise(run_dir: Path) -> None:
@@ -140,18 +163,17 @@ def _summarise(run_dir: Path) -> None:
     write_whole(run_dir / "summary.json", json.dumps(summary, indent=1))
 
 
-def _evaluate(settings: Settings) -> None:
+def _evaluate(settings: Settings, engine: "Engine") -> None:
     from PIL import Image
 
     from adagrpo_train import build
     from adagrpo_train.tracking.images import image_grid
     from adagrpo_train.tracking.records import missing_scores
 
-    engine = build.make_engine(settings)
     snapshot = build.open_snapshot(settings, engine)
     if snapshot:
         build.check_same_model(settings, snapshot)
-    parts = build.make_parts(settings, engine, settings.run_dir)
+    parts = build.make_parts(settings, engine, settings.run_dir, training=False)
     with closing(parts.rewards):
         if snapshot:
             build.check_same_rewards(settings, parts.scorer, snapshot)
@@ -170,7 +192,6 @@ def _evaluate(settings: Settings) -> None:
         for name, count in missing_scores(traffic, evaluation=True).items():
             sys.stdout.write(f"{count} scores of reward {name} are missing\n")
         sys.stdout.write(f"{len(evaluation.prompts)} images; written to {settings.run_dir}\n")
-    engine.close()
 
 
 def _quieten() -> None:

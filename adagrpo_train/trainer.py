@@ -1,6 +1,7 @@
 """The training loop, top-down: prompts -> curriculum -> rollout -> rewards -> advantages -> update."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,10 +169,12 @@ class Trainer:
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a checkpoint as if the run had never stopped."""
         self._policy.load_state_dict(snapshot.tensors)
-        self._optimizer.load_state_dict(snapshot.optimizer)
+        self._engine.load_optimizer_state(self._optimizer, snapshot.optimizer)
         self._rates.load_state_dict(snapshot.state["rates"])
         self._updates = snapshot.state["updates"]
-        self._restore_drawn_state(snapshot.state | snapshot.per_rank[self._engine.rank])
+        # With more processes than there were: their states differ only under per_rank, which then is refused.
+        per_rank = snapshot.per_rank[min(self._engine.rank, len(snapshot.per_rank) - 1)]
+        self._restore_drawn_state(snapshot.state | per_rank)
         self._first = snapshot.iteration
 
     def _train_or_save(self, iteration: int) -> dict[str, float]:
@@ -334,10 +337,11 @@ class Trainer:
         self, batches: list[Transitions], conditions: Conditions, advantages: Tensor, usable: Tensor, iteration: int
     ) -> dict[str, float]:
         """Visit the transitions of usable samples once per inner epoch, in `updates_per_iteration` optimizer steps."""
-        figures, before = Figures(), self._updates
-        for visited in self._visits.of(batches, iteration, lambda batch: self._log_prob(batch, conditions)):
+        figures, before = Figures(), self._engine.optimizer_steps
+        first = self._engine.rank * len(batches)
+        for visited in self._visits.of(batches, iteration, first, lambda batch: self._log_prob(batch, conditions)):
             self._optimizer_step(visited, conditions, advantages, usable, figures)
-        return figures.reduced(self._engine) | {"policy/updates": float(self._updates - before)}
+        return figures.reduced(self._engine) | {"policy/updates": float(self._engine.optimizer_steps - before)}
 
     def _log_prob(self, batch: Transitions, conditions: Conditions) -> Tensor:
         rows = batch.prompt.to(self._engine.device)
@@ -378,16 +382,14 @@ class Trainer:
                 deviation = loss.metrics["policy/ratio_max_deviation_max"]
                 figures.add({"policy/first_ratio_deviation_max": deviation}, 1.0)
                 figures.add({"policy/rollout_deviation_max": loss.rollout_deviation}, 1.0)
-        norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters, self._schedule.max_grad_norm)
-        if not bool(torch.isfinite(norm)):
+        norm = self._engine.step(self._optimizer, self._policy.parameters, max_grad_norm=self._schedule.max_grad_norm)
+        if not math.isfinite(norm):
             raise TrainingError(
-                f"the gradient norm is {float(norm)} (losses {[float(loss) for loss in losses]}); the weights were left "
-                "as they were. Lower optimizer.lr, or look at the rewards of the last iteration"
+                f"the gradient norm is {norm} (losses {[float(loss) for loss in losses]}); the weights were left as "
+                "they were. Lower optimizer.lr, or look at the rewards of the last iteration"
             )
         figures.add({"policy/lr": self._optimizer.param_groups[0]["lr"], "policy/grad_norm": norm}, 1.0)
-        self._optimizer.step()
         self._rates.step()
-        self._optimizer.zero_grad(set_to_none=True)
         self._policy.average.update(self._updates)
         self._updates += 1
 
@@ -457,12 +459,14 @@ class Trainer:
     def _save(self, iteration: int) -> None:
         drawn = self._drawn_state()
         per_rank = self._engine.gather_objects({key: drawn[key] for key in ("curriculum", "random")})
+        # What is divided among processes is put together by all of them.
+        tensors, optimizer = self._policy.state_dict(), self._engine.optimizer_state(self._optimizer)
         if self._engine.is_main:
             tracker = self._tracker.state_dict() if self._tracker else {}
             snapshot = Snapshot(
                 iteration=iteration,
-                tensors=self._policy.state_dict(),
-                optimizer=self._optimizer.state_dict(),
+                tensors=tensors,
+                optimizer=optimizer,
                 state={
                     "prompts": drawn["prompts"],
                     "scoring": drawn["scoring"],
@@ -496,6 +500,12 @@ class Trainer:
             raise ConfigError(
                 f"updates_per_iteration={self._schedule.updates_per_iteration}: an inner epoch has only {batches} "
                 f"batches on each process for {per_epoch} updates; lower micro_batch or updates_per_iteration"
+            )
+        if world > 1 and batches % per_epoch:
+            raise ConfigError(
+                f"updates_per_iteration={self._schedule.updates_per_iteration}: with {world} processes the {batches} "
+                f"batches of each must be a multiple of the {per_epoch} updates of an inner epoch, or processes would "
+                "differ in how much they compute; change micro_batch or updates_per_iteration"
             )
 
 

@@ -9,6 +9,7 @@ import torch
 from adagrpo_train import build
 from adagrpo_train.models.sd3 import SD3Model
 from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.runtime.replicated import ReplicatedEngine
 from adagrpo_train.scoring.collector import Source
 from adagrpo_train.settings import read_settings
 from adagrpo_train.trainer import Trainer
@@ -22,6 +23,11 @@ PROMPTS = Prompts((4, 1, 9), ("a red circle", "two blue squares", "a small green
 
 SMALL = ["debug=smoke", "group_size=2", "evaluation.images=7", "curriculum.chosen=2"]
 """Overrides that make one iteration of the tiny model take a second."""
+
+
+def alone() -> ReplicatedEngine:
+    """This process by itself, on the CPU."""
+    return ReplicatedEngine(kind="single", device="cpu", timeout_seconds=60)
 
 
 def tiny_model(**changes: Any) -> SD3Model:

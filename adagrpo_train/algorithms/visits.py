@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from adagrpo_train.errors import ConfigError
+from adagrpo_train.functional.visiting import visits
 from adagrpo_train.types import Transitions
 
 
@@ -52,17 +52,19 @@ class Visits:
         return self.same_program and self.states == self.rollout_states
 
     def of(
-        self, batches: list[Transitions], iteration: int, log_prob: Callable[[Transitions], Tensor]
+        self, batches: list[Transitions], iteration: int, number: int, log_prob: Callable[[Transitions], Tensor]
     ) -> list[list[Transitions]]:
         """The batches of every optimizer step, in order, at most `states` states each.
 
         The split decides nothing else: a step has the same transitions whatever it is.
 
         Args:
+            batches: of this process.
+            number: of the first of them among those of all processes.
             log_prob: log-probabilities [M] of a batch under the present policy, as the update computes them.
         """
         epochs = range(self.inner_epochs)
-        first, *others = [rows for epoch in epochs for rows in self._steps(len(batches), iteration, epoch)]
+        first, *others = [rows for epoch in epochs for rows in self._steps(len(batches), number, iteration, epoch)]
         parts = {row: batch.split(self.states) for row, batch in enumerate(batches)}
         if self.exact:
             return [_visited(parts, rows) for rows in (first, *others)]
@@ -73,10 +75,9 @@ class Visits:
         }
         return [_visited(present, first), *(_visited(before, rows) for rows in others)]
 
-    def _steps(self, batches: int, iteration: int, epoch: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + iteration) * 1_009 + epoch)
-        order = torch.randperm(batches, generator=generator)
-        return [rows.tolist() for rows in torch.tensor_split(order, self.updates // self.inner_epochs)]
+    def _steps(self, count: int, number: int, iteration: int, epoch: int) -> list[list[int]]:
+        seed = (self.seed * 1_000_003 + iteration) * 1_009 + epoch
+        return visits(count=count, first=number, updates=self.updates // self.inner_epochs, seed=seed)
 
 
 def _visited(parts: dict[int, list[Transitions]], rows: list[int]) -> list[Transitions]:

@@ -168,10 +168,11 @@ class FlowSampler:
     ) -> Rollout:
         at = self.steps(iteration).trained
         size = self._group_size
-        # State r = (branch step, prompt); its group has the samples r * size .. r * size + size - 1.
-        prompt = torch.arange(len(prompts)).repeat(len(at))
-        start = torch.tensor(at).repeat_interleave(len(prompts))
-        anchors = trunks.anchors.transpose(0, 1).flatten(0, 1)
+        # State r = (prompt, branch step), so that processes with some of the prompts hold some of the states in the
+        # same order. Its group has the samples r * size .. r * size + size - 1.
+        prompt = torch.arange(len(prompts)).repeat_interleave(len(at))
+        start = torch.tensor(at).repeat(len(prompts))
+        anchors = trunks.anchors.flatten(0, 1)
         drawn: list[Tensor] = []
         recorded: list[Transitions] = []
         for rows in torch.arange(len(prompt)).split(self._micro_batch):

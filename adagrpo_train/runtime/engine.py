@@ -1,55 +1,44 @@
-"""Processes and devices, through accelerate: who I am, how tensors meet, how gradients flow."""
+"""Processes and devices, through accelerate: who I am, how tensors meet, how the network and its optimizer step."""
 
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, KwargsHandler, broadcast_object_list, gather_object
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from adagrpo_train.errors import AdaGRPOError, ConfigError
+from adagrpo_train.errors import AdaGRPOError, ConfigError, TrainingError
+from adagrpo_train.runtime.launch import launched_world_size
+from adagrpo_train.runtime.weights import Weights
 
 T = TypeVar("T")
 
+_FOR_ACTIVATIONS = 0.3
+"""Share of a GPU's memory that gather_for_rollout=auto leaves free beside whole weights, gradients and moments."""
 
-class Engine:
+
+class Engine(ABC):
     """One process of a run.
 
-    Args:
-        kind: "single" refuses more than one process, "ddp" takes any number (one included).
-        device: "auto" or "cpu".
+    An update is micro_step() and backward() for each micro-batch, the last one marked, and then one step().
+    Ranks average their gradients, accumulate them in float32, and all make that step or none does.
 
-    Raises:
-        ConfigError: the setting does not fit how the run was launched.
+    Args:
+        accelerator: started with the process group of the engine.
+        expected: what accelerate should have made of it when there are several processes.
     """
 
-    def __init__(self, *, kind: str, device: str) -> None:
-        if kind not in ("single", "ddp"):
-            raise ConfigError(f"engine.kind={kind}: choose single or ddp")
-        if device not in ("auto", "cpu"):
-            raise ConfigError(f"engine.device={device}: choose auto or cpu")
-        # The position embedding is a constant buffer; broadcasting it in every forward would only cost time. torch
-        # 2.13 announces another name for the option, which older versions do not know.
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-        handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-        # What `accelerate config` once wrote must not change the arithmetic: precision is model.dtype, and
-        # accumulation is ours.
-        os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
-        if not torch.cuda.is_available():
-            # Libraries import DeepSpeed when they find it; unasked it warns of what is right here.
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        self._accelerator = Accelerator(
-            cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers
-        )
-        kind_launched = self._accelerator.distributed_type
-        if kind_launched in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-            raise ConfigError(f"launched with {kind_launched.value}; this version trains with engine=ddp or single")
-        if kind == "single" and self.world_size > 1:
-            raise ConfigError(f"engine=single, but {self.world_size} processes were launched; use engine=ddp")
+    def __init__(self, accelerator: Accelerator, *, expected: set[DistributedType]) -> None:
+        self._accelerator = accelerator
+        found, world = accelerator.distributed_type, launched_world_size()
+        if world is not None and world != self.world_size:
+            raise RuntimeError(f"{world} processes were launched, accelerate sees {self.world_size}")
+        if self.world_size > 1 and found not in expected:
+            raise RuntimeError(f"accelerate made {found.value} of {type(self).__name__}")
 
     @property
     def device(self) -> torch.device:
@@ -72,19 +61,47 @@ class Engine:
     def is_main(self) -> bool:
         return self._accelerator.is_main_process
 
-    def prepare(self, module: nn.Module) -> nn.Module:
-        """The module to call in training and sampling; wrapped when there are several processes."""
-        return self._accelerator.prepare(module)
+    @property
+    @abstractmethod
+    def optimizer_steps(self) -> int:
+        """Steps made since the network was prepared."""
 
-    @contextmanager
-    def micro_step(self, module: nn.Module, *, last: bool) -> Iterator[None]:
-        """Forward and backward of one micro-batch; ranks average their gradients in that of the last one."""
-        with nullcontext() if last or self.world_size == 1 else self._accelerator.no_sync(module):
-            yield
+    @abstractmethod
+    def prepare(self, network: nn.Module, optimizer: Optimizer | None) -> nn.Module:
+        """The module to call in training and sampling.
 
+        Args:
+            network: on the device, its trainable weights chosen.
+            optimizer: of exactly those weights, without state yet; None when nothing is trained.
+        """
+
+    @abstractmethod
+    def weights(self, parameters: list[nn.Parameter]) -> Weights:
+        """How this engine holds parameters of the prepared network."""
+
+    @abstractmethod
+    def micro_step(self, module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """Forward and backward of one micro-batch; `last` marks the one before step()."""
+
+    @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss []."""
-        self._accelerator.backward(loss)
+
+    @abstractmethod
+    def step(self, optimizer: Optimizer, parameters: list[nn.Parameter], *, max_grad_norm: float) -> float:
+        """One optimizer step with gradients scaled down to `max_grad_norm`; none if they are not finite.
+
+        Returns:
+            Norm of the averaged gradients before that, the same on every rank; inf or NaN when there was no step.
+        """
+
+    @abstractmethod
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of whole parameters, as Optimizer.state_dict() has it; every rank asks, the main one need keep it."""
+
+    @abstractmethod
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Undo optimizer_state(), of this or another engine."""
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Rows of all ranks [world * N, ...], rank by rank; every rank holds equally many."""
@@ -127,3 +144,37 @@ class Engine:
 
     def close(self) -> None:
         self._accelerator.end_training()
+
+
+def check_one_step(before: int, after: int) -> None:
+    """Refuse an update that made no optimizer step, or several."""
+    if after != before + 1:
+        raise TrainingError(f"an update made {after - before} optimizer steps; it must make 1")
+
+
+def check_elementwise(optimizer: Optimizer, engine: str) -> None:
+    """Refuse an optimizer whose state is not one number per weight, which is what dividing it needs.
+
+    Raises:
+        ConfigError: names the optimizer.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        raise ConfigError(
+            f"optimizer={type(optimizer).__name__} with engine={engine}: only optimizers of torch.optim can be divided "
+            "and saved whole; use optimizer=adamw, or engine=ddp"
+        )
+
+
+def keeps_whole_weights(engine: Engine, network: nn.Module, gather: str) -> bool:
+    """Whether an engine that divides weights should keep them whole once gathered; the same on every rank.
+
+    Args:
+        network: still whole, on the device.
+        gather: engine.gather_for_rollout.
+    """
+    if gather != "auto" or engine.device.type == "cpu":
+        return gather != "never"
+    # Beside the whole network there will be gradients and two moments, all float32 and divided.
+    free, total = torch.cuda.mem_get_info(engine.device)
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    return all(engine.gather_objects(free - 12 * trained / engine.world_size > _FOR_ACTIVATIONS * total))

@@ -8,11 +8,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from adagrpo_train.errors import CheckpointError
 from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.prompt_cache import PromptEncoder
-from adagrpo_train.runtime.weights import WeightAverage
+from adagrpo_train.runtime.weights import WeightAverage, Weights, replaced
 from adagrpo_train.types import Conditions
 
 
@@ -30,6 +31,7 @@ class FlowModel(Protocol):
 class Trainable(Protocol):
     """Which weights are trained; see runtime/trainable.py."""
 
+    def hold(self, weights: Weights) -> None: ...
     def reference(self) -> AbstractContextManager[None]: ...
     def export(self, folder: Path) -> None: ...
 
@@ -41,8 +43,9 @@ class Policy:
         model: the flow model, its trainable weights already chosen.
         trainable: gives the reference.
         encoder: gives the embeddings of prompts.
+        optimizer: of the trainable weights; None when nothing will be trained.
         average: decay and interval of the weight average.
-        engine: wraps the network for several processes.
+        engine: holds the network's weights, whole or divided among processes.
     """
 
     def __init__(
@@ -51,17 +54,22 @@ class Policy:
         model: FlowModel,
         trainable: Trainable,
         encoder: PromptEncoder,
+        optimizer: Optimizer | None,
         average: dict[str, float],
         engine: Engine,
     ) -> None:
         self._model, self._trainable, self._encoder, self._engine = model, trainable, encoder, engine
-        self.parameters = [p for p in model.transformer.parameters() if p.requires_grad]
-        self.average = WeightAverage(self.parameters, decay=average["decay"], interval=int(average["interval"]))
-        self.network = engine.prepare(model.transformer)
+        self.network = engine.prepare(model.transformer, optimizer)
+        trained = {name: p for name, p in model.transformer.named_parameters() if p.requires_grad}
+        self._names, self.parameters = list(trained), list(trained.values())
+        self._weights = engine.weights(self.parameters)
+        trainable.hold(self._weights)
+        self.average = WeightAverage(self._weights, decay=average["decay"], interval=int(average["interval"]))
         self.evaluations: Counter[str] = Counter()
         """Network rows evaluated so far: "sampling" without gradient, "training" with, "reference"."""
 
     def encode(self, texts: list[str]) -> Conditions:
+        """Embeddings of texts, one row each."""
         return self._encoder.encode(texts)
 
     def decode(self, x0: Tensor) -> np.ndarray:
@@ -79,14 +87,19 @@ class Policy:
         with self._trainable.reference():
             return self._model.velocity(self._model.transformer, x, sigma, conditions)
 
-    def export(self, folder: Path) -> None:
-        """Write the trained weights for stock diffusers."""
-        self._trainable.export(folder)
+    def exported(self) -> dict[str, Tensor]:
+        """The present trained weights by name, whole; every rank asks, the main one has them."""
+        return dict(zip(self._names, self._whole(self._weights.local()), strict=self._engine.is_main))
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write weights from exported() for stock diffusers."""
+        with replaced(self._model.transformer, weights):
+            self._trainable.export(folder)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The trained weights and their average, by position."""
-        trainable = {str(i): parameter.detach() for i, parameter in enumerate(self.parameters)}
-        return {"trainable": trainable, "average": self.average.state_dict()}
+        """The trained weights and their average, whole, by position; every rank asks, the main one has them."""
+        sets = {"trainable": self._weights.local(), "average": self.average.values()}
+        return {name: {str(i): value for i, value in enumerate(self._whole(values))} for name, values in sets.items()}
 
     def load_state_dict(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Undo state_dict().
@@ -94,12 +107,20 @@ class Policy:
         Raises:
             CheckpointError: the weights are not those of this model and choice of trainable weights.
         """
-        saved = tensors["trainable"]
-        if [list(p.shape) for p in self.parameters] != [list(saved[str(i)].shape) for i in range(len(saved))]:
+        saved, average = (_by_position(tensors.get(name, {})) for name in ("trainable", "average"))
+        if self._weights.shapes != [list(value.shape) for value in saved]:
             raise CheckpointError("the checkpoint's weights do not fit `model` and `trainable` of this run")
-        for i, parameter in enumerate(self.parameters):
-            parameter.data.copy_(saved[str(i)])
-        self.average.load_state_dict(tensors.get("average", {}))
+        self._weights.load(saved)
+        if self.average.values():
+            self.average.load(average)
+
+    def _whole(self, values: list[Tensor]) -> list[Tensor]:
+        whole = self._weights.whole(values)
+        return [value for value in whole if self._engine.is_main]
 
     def _count(self, kind: str, x: Tensor) -> None:
         self.evaluations[kind] += len(x) * self._model.evaluations_per_velocity
+
+
+def _by_position(tensors: dict[str, Tensor]) -> list[Tensor]:
+    return [tensors[str(i)] for i in range(len(tensors))]

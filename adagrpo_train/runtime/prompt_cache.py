@@ -25,6 +25,8 @@ from adagrpo_train.types import Conditions
 
 _WHOLE_BYTES = 2**17
 """Of a larger weight the two ends of half that size are compared, as of large files."""
+_BATCH = 8
+"""Prompts encoded at once without a folder."""
 _LIBRARIES = ("torch", "transformers", "diffusers")
 _UNCONDITIONAL = "negative"
 """Fields of Conditions whose names start so belong to no text: they are the same for every prompt."""
@@ -52,7 +54,7 @@ class PromptEncoder:
 
     Args:
         model: its text encoders are loaded.
-        folder: of the cache; None keeps the encoders in memory and encodes in batches.
+        folder: of the cache; None keeps the encoders in memory and encodes in batches of one size.
         engine: its processes share the work.
     """
 
@@ -85,10 +87,21 @@ class PromptEncoder:
             PromptError: a file of the cache is missing or damaged, after the encoders are gone.
         """
         if self._folder is None:
-            return self._model.encode(texts)
+            return self._in_batches(texts)
         rows = {text: self._read(text) for text in {*texts, ""}}
         columns: dict[str, Any] = {field.name: self._column(field.name, texts, rows) for field in fields(Conditions)}
         return Conditions(**columns)
+
+    def _in_batches(self, texts: list[str]) -> Conditions:
+        """Batches of one size, filled up: matrix products of other sizes round otherwise, so that an embedding would
+        depend on how many prompts are encoded beside it, and with them on the number of processes."""
+        filled = texts + texts[-1:] * (-len(texts) % _BATCH)
+        parts = [self._model.encode(filled[start : start + _BATCH]) for start in range(0, len(filled), _BATCH)]
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Conditions)}
+        whole: dict[str, Any] = {
+            name: None if column[0] is None else torch.cat(column) for name, column in columns.items()
+        }
+        return Conditions(**whole)[torch.arange(len(texts), device=self._model.device)]
 
     def _column(self, name: str, texts: Sequence[str], rows: Mapping[str, Mapping[str, Tensor]]) -> Tensor | None:
         if name not in rows[""]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adagrpo_train.errors import ConfigError
-from adagrpo_train.runtime.weights import swapped
+from adagrpo_train.runtime.weights import Weights
 
 
 class ExportableModel(Protocol):
@@ -63,6 +63,9 @@ class LoRA:
         network.eval()
         self._model = model
 
+    def hold(self, weights: Weights) -> None:
+        """Nothing: the reference needs no copy."""
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the network is the frozen reference."""
@@ -99,16 +102,19 @@ class Full:
                 "arithmetic in bfloat16 add network.autocast=bfloat16, or train adapters: trainable=lora"
             )
         model.transformer.requires_grad_(True)
-        self._model = model
-        self._parameters = list(model.transformer.parameters())
-        self._reference = [p.detach().clone() for p in self._parameters] if reference else []
+        self._model, self._wants_reference = model, reference
+
+    def hold(self, weights: Weights) -> None:
+        """Copy the reference from the weights as an engine has divided them."""
+        self._weights = weights
+        self._reference = [value.clone() for value in weights.local()] if self._wants_reference else []
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the network is the frozen reference."""
         if not self._reference:
             raise RuntimeError("attach(reference=False) keeps no reference")
-        with swapped(self._parameters, self._reference):
+        with self._weights.swapped(self._reference):
             yield
 
     def export(self, folder: Path) -> None:

@@ -21,9 +21,9 @@ import torch
 
 from adagrpo_train import build
 from adagrpo_train.models.sd3 import SD3Model
-from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.network import Computation
 from adagrpo_train.runtime.prompt_cache import PromptEncoder
+from adagrpo_train.runtime.replicated import ReplicatedEngine
 from adagrpo_train.runtime.trainable import Full, LoRA
 from adagrpo_train.settings import read_settings
 
@@ -142,7 +142,8 @@ def prompts(repeats: int) -> None:
     texts = [f"{count} red circles" for count in range(32)]
     encoders = sum(p.nbytes for part in model.text_encoders() for p in part.parameters()) / 1e6
     with tempfile.TemporaryDirectory() as folder:
-        cache = PromptEncoder(model, folder=folder, engine=Engine(kind="single", device="cpu"))
+        alone = ReplicatedEngine(kind="single", device="cpu", timeout_seconds=600)
+        cache = PromptEncoder(model, folder=folder, engine=alone)
         cache.prepare(texts)
         again = case("lora", 1).model
         times = ratio(lambda: void(again.encode(texts)), lambda: void(cache.encode(texts)), repeats)

@@ -11,11 +11,12 @@ import pytest
 from adagrpo_train import build
 from adagrpo_train.errors import CheckpointError, RewardError
 from adagrpo_train.runtime.checkpoint import Snapshot
-from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.figures import Figures
+from adagrpo_train.runtime.replicated import ReplicatedEngine
 from adagrpo_train.scoring.connect import Rewards
 from adagrpo_train.scoring.entry import RewardEntry
 from adagrpo_train.settings import Settings, read_settings
+from tests.support import alone
 
 SEVERAL = ["reward=[shapes,jpeg_size]", "reward.jpeg_size.weights.jpeg_size=0.1"]
 
@@ -31,7 +32,7 @@ def saved() -> Snapshot:
 
 
 def continued(present: list[str]) -> None:
-    build.check_continuation(read_settings(present), Engine(kind="single", device="cpu"), saved())
+    build.check_continuation(read_settings(present), alone(), saved())
 
 
 @pytest.mark.parametrize(
@@ -93,11 +94,11 @@ def test_a_changed_reward_is_refused_or_accepted_with_a_warning_that_names_both(
     build.check_same_rewards(read_settings([]), scorer, snapshot_of(read_settings([]), scorer.fingerprints))
 
 
-class Ranks(Engine):
+class Ranks(ReplicatedEngine):
     """This process as rank 0 of two; `other` says what rank 1 says instead."""
 
     def __init__(self, other: Any) -> None:
-        super().__init__(kind="single", device="cpu")
+        super().__init__(kind="single", device="cpu", timeout_seconds=60)
         self._other = other
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -126,4 +127,4 @@ def test_figures_are_weighted_means_and_maxima_of_all_ranks() -> None:
     assert own.reduced(Ranks(lambda _: (other._sums, other._maxima))) == pytest.approx(
         {"loss": (3 * 1 + 4 * 2 + 10) / 8, "kl": 4.0, "ratio": 0.3}
     )
-    assert Figures().reduced(Engine(kind="single", device="cpu")) == {}
+    assert Figures().reduced(alone()) == {}

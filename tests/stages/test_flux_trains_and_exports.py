@@ -41,7 +41,7 @@ def test_stock_diffusers_loads_the_export_and_draws_the_same_picture(
 
     export = tmp_path / "export"
     with parts.policy.average.applied():
-        parts.policy.export(export)
+        parts.policy.export(export, parts.policy.exported())
     stock = FluxPipeline.from_pretrained(export if trainable == "full" else folder, dtype=torch.float32)
     if trainable == "lora":
         stock.load_lora_weights(export)

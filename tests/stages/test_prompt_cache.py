@@ -15,10 +15,10 @@ import torch
 from adagrpo_train.errors import ConfigError, PromptError
 from adagrpo_train.models.sd3 import SD3Model
 from adagrpo_train.runtime import prompt_cache
-from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.prompt_cache import PromptEncoder
+from adagrpo_train.runtime.replicated import ReplicatedEngine
 from adagrpo_train.types import Conditions
-from tests.support import PROMPTS, make_trainer, tiny_model
+from tests.support import PROMPTS, alone, make_trainer, tiny_model
 
 TEXTS = list(PROMPTS.texts)
 
@@ -29,7 +29,7 @@ def model() -> SD3Model:
 
 
 def encoder(model: SD3Model, folder: Path) -> PromptEncoder:
-    return PromptEncoder(model, folder=str(folder), engine=Engine(kind="single", device="cpu"))
+    return PromptEncoder(model, folder=str(folder), engine=alone())
 
 
 def same(one: Conditions, other: Conditions) -> bool:
@@ -166,7 +166,9 @@ def _rank(rank: int, port: int, folder: Path, results: Any) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     model = tiny_model()
     written: list[str] = []
-    made = PromptEncoder(model, folder=str(folder), engine=Engine(kind="ddp", device="cpu"))
+    made = PromptEncoder(
+        model, folder=str(folder), engine=ReplicatedEngine(kind="ddp", device="cpu", timeout_seconds=9)
+    )
     write = made._write
     made._write = lambda text, tensors: (written.append(text), write(text, tensors))[1]  # type: ignore[method-assign]
     made.prepare(TEXTS)

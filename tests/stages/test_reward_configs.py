@@ -9,12 +9,12 @@ import pytest
 
 from adagrpo_train import build
 from adagrpo_train.errors import ConfigError
-from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.scoring import connect
 from adagrpo_train.scoring.entry import RewardEntry
 from adagrpo_train.settings import group_options, read_settings
 from rewards import registry
 from rewards.contract import Sample
+from tests.support import alone
 
 CHOSEN = {
     "custom": ["reward.custom.reward=jpeg_size", "reward.custom.weights.jpeg_size=1.0"],
@@ -89,7 +89,7 @@ def test_the_weights_of_a_reward_for_evaluation_do_not_count() -> None:
 def test_a_reward_that_hangs_in_process_is_given_up_after_its_own_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.SHIPPED, "ordered", "tests.serving.ordered:Ordered")
     entry = RewardEntry(name="slow", reward="ordered", settings={}, weights={"ordered": 1.0}, deadline_seconds=0.3)
-    rewards = connect.Rewards([entry], engine=Engine(kind="single", device="cpu"), log_dir=Path())
+    rewards = connect.Rewards([entry], engine=alone(), log_dir=Path())
     batch = rewards.sources[0].client.submit([Sample("0", "hang", np.zeros((8, 8, 3), np.uint8))]).result(20)
     rewards.close()
     assert np.isnan(batch.scores["ordered"]).all()
@@ -101,5 +101,5 @@ def test_nobody_reads_the_password_of_an_address() -> None:
         section = read_settings(["reward.shapes.urls=['http://me:secret@host:1']", f"reward.shapes.mode={mode}"])
         with pytest.raises(ConfigError, match=r"reward\.shapes\.urls=.*host:1") as refused:
             entry = build._entry("shapes", section.values["reward"]["shapes"])
-            connect.Rewards([entry], engine=Engine(kind="single", device="cpu"), log_dir=Path())
+            connect.Rewards([entry], engine=alone(), log_dir=Path())
         assert "secret" not in str(refused.value)

@@ -11,7 +11,7 @@ import torch
 
 from adagrpo_train.algorithms.advantages import Group
 from adagrpo_train.errors import ConfigError, RewardError, StoppedError
-from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.runtime.replicated import ReplicatedEngine
 from adagrpo_train.runtime.stopping import StopRequest
 from adagrpo_train.scoring import collector
 from adagrpo_train.scoring.collector import Source, _Report
@@ -20,6 +20,7 @@ from adagrpo_train.scoring.scorer import Scorer
 from rewards.client.batch import RewardBatch, RewardRefusedError, RewardUnavailableError
 from rewards.client.inproc import InprocClient
 from rewards.contract import ItemError, RewardInfo, Sample
+from tests.support import alone
 
 NAN = math.nan
 GROUP = Group(std="group", unbiased=True, eps=1e-8, limit=5.0)
@@ -79,7 +80,7 @@ def scorer(*pairs: tuple[RewardEntry, Table | InprocClient], **settings: Any) ->
         for own, reward in pairs
     ]
     defaults: dict[str, Any] = {"scale": "raw", "level": "reward", "alpha": 0.5}
-    return Scorer(sources, **(defaults | settings), engine=Engine(kind="single", device="cpu"), stop=StopRequest())
+    return Scorer(sources, **(defaults | settings), engine=alone(), stop=StopRequest())
 
 
 def images(prompts: Sequence[str]) -> np.ndarray:
@@ -242,11 +243,11 @@ def test_a_sample_that_lacks_a_required_score_has_no_advantage_though_other_part
     assert torch.allclose(got[1:], expected)
 
 
-class TwoRanks(Engine):
+class TwoRanks(ReplicatedEngine):
     """This process and another one of which is known what it says."""
 
     def __init__(self, other: list[Any]) -> None:
-        super().__init__(kind="single", device="cpu")
+        super().__init__(kind="single", device="cpu", timeout_seconds=60)
         self._other = iter(other)
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -278,9 +279,7 @@ def test_a_server_that_comes_back_refused_stops_the_run_with_its_words() -> None
             raise RewardRefusedError("it scores with other weights now")
 
     source = Source(entry("first", on_unavailable="wait"), Changed(A, times=1))
-    one = Scorer(
-        [source], scale="raw", level="reward", alpha=0.5, engine=Engine(kind="single", device="cpu"), stop=StopRequest()
-    )
+    one = Scorer([source], scale="raw", level="reward", alpha=0.5, engine=alone(), stop=StopRequest())
     with pytest.raises(RewardError, match="other weights now") as caught:
         one.score(images("x"), ["x"])
     assert caught.value.on_every_rank

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,28 @@ def test_the_batches_counted_before_a_run_are_those_of_its_rollouts(
     conditions = parts.policy.encode(list(prompts.texts))
     rollout = parts.sampler.roll_out(parts.policy.velocity, conditions, prompts, None, 0)
     assert parts.sampler.batches(2) == len(rollout.transitions)
+
+
+def test_an_embedding_does_not_depend_on_the_prompts_beside_it(tmp_path: Path) -> None:
+    """Nor, with it, on how many processes share the prompts."""
+    _, parts, _ = make_trainer("model.guidance_scale=2.0", run_dir=tmp_path)
+    texts = ["a red circle", "two blue squares", "a small green triangle"] * 5
+    together = parts.policy.encode(texts)
+    assert len(together.prompt_embeds) == 15
+    for count in (1, 2, 7):
+        alone = parts.policy.encode(texts[:count])
+        rows = together[torch.arange(count)]
+        assert all(torch.equal(getattr(alone, f.name), getattr(rows, f.name)) for f in fields(rows))
+
+
+def test_processes_must_hold_equally_many_batches_for_every_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _, engine = make_trainer("updates_per_iteration=2", "micro_batch=2", run_dir=tmp_path)
+    trainer._check_counts()  # 2 x 5 batches on one process
+    monkeypatch.setattr(type(engine), "world_size", 2)
+    with pytest.raises(ConfigError, match=r"updates_per_iteration=2: with 2 processes the 5 batches"):
+        trainer._check_counts()
 
 
 def test_a_prompt_that_the_reward_refuses_stops_the_run_with_its_text(tmp_path: Path) -> None:

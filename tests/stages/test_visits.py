@@ -52,7 +52,7 @@ def test_a_part_without_its_masked_transitions_still_evaluates_its_states() -> N
 @pytest.mark.parametrize("updates", [1, 2, 3])
 def test_the_size_of_the_parts_does_not_decide_which_transitions_a_step_has(updates: int) -> None:
     batches = [batch(4, 2, number) for number in range(5)]
-    whole, split = (visits(updates=updates, states=s).of(batches, 7, lambda b: b.rollout_log_prob) for s in (4, 3))
+    whole, split = (visits(updates=updates, states=s).of(batches, 7, 0, lambda b: b.rollout_log_prob) for s in (4, 3))
     assert len(whole) == len(split) == updates
     for one, other in zip(whole, split, strict=True):
         assert torch.equal(*(torch.cat([part.sample for part in step]) for step in (one, other)))
@@ -62,7 +62,7 @@ def test_log_probs_of_the_rollout_serve_where_the_update_runs_what_the_rollout_r
     def never(part: Transitions) -> torch.Tensor:
         raise AssertionError("nothing needs to be evaluated once more")
 
-    for step in visits(updates=2).of([batch(4, 1, number) for number in range(4)], 0, never):
+    for step in visits(updates=2).of([batch(4, 1, number) for number in range(4)], 0, 0, never):
         assert all(torch.equal(part.log_prob, batch(4, 1, int(part.x[0]) // 1000).log_prob) for part in step)
 
 
@@ -75,11 +75,11 @@ def test_elsewhere_the_first_step_compares_with_itself_and_later_ones_with_what_
         asked.append(part)
         return -part.rollout_log_prob
 
-    first, second = visits(updates=2, **change).of(batches, 0, log_prob)
+    first, second = visits(updates=2, **change).of(batches, 0, 0, log_prob)
     assert [part.log_prob for part in first] == [None] * len(first)
     assert all(torch.equal(part.log_prob, -part.rollout_log_prob) for part in second)
     assert len(asked) == len(second)  # one update: nothing is evaluated twice
-    again = visits(updates=2, inner_epochs=2, **change).of(batches, 0, log_prob)[1]
+    again = visits(updates=2, inner_epochs=2, **change).of(batches, 0, 0, log_prob)[1]
     assert all(torch.equal(part.log_prob, -part.rollout_log_prob) for part in again)
 
 

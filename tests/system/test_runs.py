@@ -214,35 +214,6 @@ def test_a_changed_configuration_is_not_continued(tmp_path: Path) -> None:
     assert "seed: 0 -> 7" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["trainable=lora"],
-        [
-            "trainable=full",
-            "plan=branch",
-            "algorithm.objective.kl_weight=0.1",
-            "optimizer.lr=1e-4",
-            "update_micro_batch=4",
-        ],
-    ],
-    ids=["lora", "full, branches, kl"],
-)
-def test_two_processes_give_the_result_of_one(overrides: list[str], tmp_path: Path) -> None:
-    """Same prompts, noise, rewards and level; weights to the rounding of differently ordered sums."""
-    for processes in (1, 2):
-        succeed("iterations=2", *overrides, f"hydra.run.dir={tmp_path / str(processes)}", processes=processes)
-    one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
-    assert (tmp_path / "1/prompts.jsonl").read_text() == (tmp_path / "2/prompts.jsonl").read_text()
-    for first, second in zip(one, two, strict=True):
-        for key in {"reward/mean", "curriculum/level", "curriculum/level_std", "eval/total"} & first.keys():
-            assert first[key] == pytest.approx(second[key], rel=1e-4, abs=1e-5), key
-    ours, theirs = weights(tmp_path / "1")["trainable"], weights(tmp_path / "2")["trainable"]
-    difference = torch.cat([(value - theirs[key]).flatten() for key, value in ours.items()]).norm()
-    scale = torch.cat([value.flatten() for value in ours.values()]).norm()
-    assert float(difference / scale) < 1e-3
-
-
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_stock_diffusers_loads_the_export_and_draws_the_same_image(trainable: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"

@@ -14,6 +14,7 @@ from torch.multiprocessing import start_processes
 
 from adagrpo_train.errors import AdaGRPOError
 from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.runtime.replicated import ReplicatedEngine
 from adagrpo_train.runtime.stopping import StopRequest
 from adagrpo_train.scoring.collector import Source
 from adagrpo_train.scoring.connect import Rewards
@@ -68,7 +69,7 @@ def _rank(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
     AcceleratorState._reset_state(reset_partial_state=True)  # what earlier tests of the forked process left
     torch.set_num_threads(1)
-    engine = Engine(kind="ddp", device="cpu")
+    engine = ReplicatedEngine(kind="ddp", device="cpu", timeout_seconds=600)
     said = {"stopped": _stopped(engine), "fingerprints": _fingerprints(engine, folder)} | _trained(folder)
     (folder / f"{rank}.json").write_text(json.dumps(said))
     engine.close()
