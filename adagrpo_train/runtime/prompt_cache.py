@@ -71,7 +71,8 @@ class PromptEncoder:
         distinct = sorted(set(texts) | {""})
         own = distinct[self._engine.rank :: self._engine.world_size]
         missing = [text for text in own if self._missing(text)]
-        self._engine.together(lambda: self._require_space(len(missing)))
+        count = sum(self._engine.gather_objects(len(missing)))
+        self._engine.together(lambda: self._require_space(count))
         self._encode(missing, of=len(distinct))
         self._engine.wait()
         # Nodes that do not share the folder have not seen what the others wrote.
@@ -107,8 +108,8 @@ class PromptEncoder:
         needed, free = count * sum(t.nbytes for t in example.values()), shutil.disk_usage(folder).free
         if needed > free:
             raise ConfigError(
-                f"prompt_cache={folder.parent}: the {count} prompts that this process encodes take "
-                f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; name another folder, or fewer iterations"
+                f"prompt_cache={folder.parent}: the {count} prompts that it lacks take {needed / 1e9:.1f} GB, "
+                f"{free / 1e9:.1f} GB are free; name another folder, or fewer iterations"
             )
 
     def _encode(self, texts: Sequence[str], *, of: int) -> None:
