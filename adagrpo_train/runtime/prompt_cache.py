@@ -54,6 +54,9 @@ class PromptEncoder:
         model: its text encoders are loaded.
         folder: of the cache; None keeps the encoders in memory and encodes in batches.
         engine: its processes share the work.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
     """
 
     def __init__(self, model: TextModel, *, folder: str | None, engine: Engine) -> None:
@@ -163,10 +166,13 @@ def _open(folder: Path, model: TextModel) -> Path:
     """The sub-folder for what this model makes of texts."""
     identity = json.dumps(_identity(model), indent=1, sort_keys=True)
     own = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
-    own.mkdir(parents=True, exist_ok=True)
     draft = _draft(own / "identity.json")
-    draft.write_text(identity, encoding="utf-8")
-    os.replace(draft, own / "identity.json")
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+        draft.write_text(identity, encoding="utf-8")
+        os.replace(draft, own / "identity.json")
+    except OSError as error:
+        raise ConfigError(f"prompt_cache={folder}: cannot be written to ({error}); name another folder") from error
     return own
 
 
