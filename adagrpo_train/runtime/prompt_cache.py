@@ -56,6 +56,9 @@ class PromptEncoder:
         model: its text encoders are loaded.
         folder: of the cache; None keeps the encoders in memory and encodes in batches of one size.
         engine: its processes share the work.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
     """
 
     def __init__(self, model: TextModel, *, folder: str | None, engine: Engine) -> None:
@@ -73,7 +76,8 @@ class PromptEncoder:
         distinct = sorted(set(texts) | {""})
         own = distinct[self._engine.rank :: self._engine.world_size]
         missing = [text for text in own if self._missing(text)]
-        self._engine.together(lambda: self._require_space(len(missing)))
+        count = sum(self._engine.gather_objects(len(missing)))
+        self._engine.together(lambda: self._require_space(count))
         self._encode(missing, of=len(distinct))
         self._engine.wait()
         # Nodes that do not share the folder have not seen what the others wrote.
@@ -120,8 +124,8 @@ class PromptEncoder:
         needed, free = count * sum(t.nbytes for t in example.values()), shutil.disk_usage(folder).free
         if needed > free:
             raise ConfigError(
-                f"prompt_cache={folder.parent}: the {count} prompts that this process encodes take "
-                f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; name another folder, or fewer iterations"
+                f"prompt_cache={folder.parent}: the {count} prompts that it lacks take {needed / 1e9:.1f} GB, "
+                f"{free / 1e9:.1f} GB are free; name another folder, or fewer iterations"
             )
 
     def _encode(self, texts: Sequence[str], *, of: int) -> None:
@@ -175,10 +179,13 @@ def _open(folder: Path, model: TextModel) -> Path:
     """The sub-folder for what this model makes of texts."""
     identity = json.dumps(_identity(model), indent=1, sort_keys=True)
     own = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
-    own.mkdir(parents=True, exist_ok=True)
     draft = _draft(own / "identity.json")
-    draft.write_text(identity, encoding="utf-8")
-    os.replace(draft, own / "identity.json")
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+        draft.write_text(identity, encoding="utf-8")
+        os.replace(draft, own / "identity.json")
+    except OSError as error:
+        raise ConfigError(f"prompt_cache={folder}: cannot be written to ({error}); name another folder") from error
     return own
 
 

@@ -18,6 +18,7 @@ from adagrpo_train.runtime import prompt_cache
 from adagrpo_train.runtime.prompt_cache import PromptEncoder
 from adagrpo_train.runtime.replicated import ReplicatedEngine
 from adagrpo_train.types import Conditions
+from tests.small_flux import flux_model, save_flux
 from tests.support import PROMPTS, alone, make_trainer, tiny_model
 
 TEXTS = list(PROMPTS.texts)
@@ -41,14 +42,18 @@ def files(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 
-def test_cached_embeddings_equal_fresh_ones_of_single_prompts_bit_for_bit(model: SD3Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_cached_embeddings_equal_fresh_ones_of_single_prompts_bit_for_bit(family: str, tmp_path: Path) -> None:
+    """CLIP's and T5's; with guidance and without."""
+    made = save_flux(tmp_path / "model", guidance=True) if family == "flux" else None
+    model = flux_model(made) if made else tiny_model(guidance_scale=2.0)
     fresh = [model.encode([text]) for text in TEXTS]
-    cache = encoder(model, tmp_path)
+    cache = PromptEncoder(model, folder=str(tmp_path), engine=Engine(kind="single", device="cpu"))
     cache.prepare(TEXTS)
     assert all(same(cache.encode([text]), own) for text, own in zip(TEXTS, fresh, strict=True))
     rows = [2, 0, 2]  # another order, and one twice
     together = cache.encode([TEXTS[row] for row in rows])
-    assert together.negative_prompt_embeds is not None
+    assert (together.negative_prompt_embeds is None) == (family == "flux")
     assert all(same(together[torch.tensor([place])], fresh[row]) for place, row in enumerate(rows))
 
 
@@ -138,7 +143,7 @@ def test_a_disk_that_is_too_small_is_refused_before_encoding(
 ) -> None:
     cache = encoder(model, tmp_path)
     monkeypatch.setattr(prompt_cache.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
-    with pytest.raises(ConfigError, match=r"the 4 prompts that this process encodes take 0\.\d GB"):
+    with pytest.raises(ConfigError, match=r"the 4 prompts that it lacks take 0\.\d GB"):
         cache.prepare(TEXTS)
 
 

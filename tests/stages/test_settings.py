@@ -34,6 +34,8 @@ from adagrpo_train.settings import group_options, read_settings
         ("model=null", "model=null"),
         ("resume=5", "resume=5: expected text"),
         ("prompts.path=5", "prompts.path=5: expected text"),
+        ("update_micro_batch=null", "update_micro_batch=null: expected a whole number"),
+        ("network.compile=1", "network.compile=1: expected true or false"),
     ],
 )
 def test_a_mistake_is_named(override: str, message: str) -> None:
@@ -102,6 +104,9 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         (["model.decode_batch=0"], "model.decode_batch=0"),
         (["updates_per_iteration=999"], "lower micro_batch or updates_per_iteration"),
         (["prompts.evaluation_path=nowhere"], "prompts.evaluation_path=nowhere: no such file"),
+        (["update_micro_batch=49"], "update_micro_batch=49: must be from 1 to micro_batch=48"),
+        (["network.autocast=float16"], "network.autocast=float16: choose bfloat16 or null"),
+        (["prompt_cache=/dev/null/cache"], "prompt_cache=/dev/null/cache: cannot be written to"),
         (["resume=nowhere"], "/nowhere: no such folder"),
     ],
 )

@@ -33,7 +33,14 @@ RUN = [
 
 VARIANTS = {
     "lora": ["trainable=lora", "updates_per_iteration=2"],
-    "full": ["trainable=full", "plan=branch", "plan.at=[0,1]", "algorithm.objective.kl_weight=0.1"],
+    "full": [
+        "trainable=full",
+        "plan=branch",
+        "plan.at=[0,1]",
+        "algorithm.objective.kl_weight=0.1",
+        "updates_per_iteration=2",
+        "update_micro_batch=1",  # so forwards without a backward come in between, too
+    ],
 }
 TABLE = [("ddp", 2), ("ddp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)]
 
@@ -217,12 +224,12 @@ def test_a_process_that_fails_ends_the_others_which_say_why(engine: str, tmp_pat
     assert all(statuses)
     assert "RuntimeError: out of marbles" in log[1]
     assert "error: ended because another process failed first, rank 1: RuntimeError: out of marbles" in log[0]
-    assert seconds < 30
+    assert seconds < 60
 
     statuses, seconds, log = _run_until(lambda: os.kill(os.getpid(), signal.SIGKILL), engine, tmp_path / "killed")
     assert (statuses[0], statuses[1]) == (2, -9)
     assert "error: lost another process: it was killed" in log[0]
-    assert seconds < 30
+    assert seconds < 60
 
 
 def test_a_process_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> None:
