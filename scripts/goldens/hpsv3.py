@@ -4,11 +4,15 @@ The package wants transformers 4.45.2 and, for training, a dozen libraries that 
 by empty modules here. From the root of the repository:
 
     python3.11 -m venv /tmp/hps3 && /tmp/hps3/bin/pip install torch==2.13.0
-    /tmp/hps3/bin/pip install -c constraints.txt transformers==4.45.2 accelerate omegaconf requests safetensors
+    /tmp/hps3/bin/pip install -c constraints.txt transformers==4.45.2 accelerate omegaconf pillow requests safetensors
     /tmp/hps3/bin/pip install --no-deps hpsv3==1.0.0
     /tmp/hps3/bin/python -m scripts.goldens.hpsv3 --target tests/golden/rewards
 
 Writes hpsv3.json, and hpsv3_tokenizer.json: a byte-level tokenizer like Qwen2's, with a vocabulary of 1000.
+
+Outputs in float32 and bfloat16 depend on the CPU: those of two kinds of CPU were 3e-5 and 0.03 apart, and those in
+float32 are 2e-5 to 5e-5 from float64. In float64 only what the package itself keeps in float32, norms and rotary
+tables, is left to differ: by 2e-6 between AVX-512 and no vector instructions at all.
 """
 
 from __future__ import annotations
@@ -227,7 +231,7 @@ def record(tokenizer_file: Path, folder: Path) -> dict[str, Any]:
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     fill(model)
     # What autocast does on a GPU, where the package runs it.
-    model.rm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+    model.rm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module[0].weight.dtype),))
 
     judge = object.__new__(inference.HPSv3RewardInferencer)
     judge.model, judge.processor, judge.device, judge.use_special_tokens = model.eval(), processor, "cpu", True
@@ -238,6 +242,8 @@ def record(tokenizer_file: Path, folder: Path) -> dict[str, Any]:
     for image, prompt in zip(pictures, PROMPTS, strict=True):
         alone += judge.reward([image], [prompt]).tolist()
     outputs = {"float32": judge.reward(pictures, list(PROMPTS)).tolist(), "float32_alone": alone}
+    model.to(torch.float64)  # weights and frequencies keep their float32 values
+    outputs["float64"] = judge.reward(pictures, list(PROMPTS)).tolist()
     model.to(torch.bfloat16)  # as create_model_and_processor does, before it loads the checkpoint
     model.rm_head.to(torch.float32)
     fill(model)
@@ -245,6 +251,8 @@ def record(tokenizer_file: Path, folder: Path) -> dict[str, Any]:
     model.to(torch.float32)  # the rotary frequencies stay rounded
     fill(model)
     outputs["float32_rounded_rotary"] = judge.reward(pictures, list(PROMPTS)).tolist()
+    model.to(torch.float64)
+    outputs["float64_rounded_rotary"] = judge.reward(pictures, list(PROMPTS)).tolist()
     return {
         "seed": SEED,
         "shapes": shapes,
