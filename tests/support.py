@@ -33,6 +33,7 @@ def tiny_model(**changes: Any) -> SD3Model:
         "num_steps": 4,
         "schedule": "uniform",
         "guidance_scale": 1.0,
+        "guidance_gradient": True,
         "text_encoder_3": False,
         "max_sequence_length": 0,
         "decode_batch": 64,
