@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adagrpo_train.models import pipeline as loading
+from adagrpo_train.models import pipeline
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,16 @@ SIZES = {
 @contextmanager
 def models_drawn(device: torch.device) -> Iterator[None]:
     """Inside, `model.path=NAME` of a `Size` gives random weights, drawn on the device in the model's own dtype."""
-    load = loading.load
+    load = pipeline.load
 
     def drawn(pipeline_class: Any, path: str, dtype: torch.dtype, without: Sequence[str]) -> Any:
         return _pipeline(pipeline_class, SIZES[path], dtype, device)
 
-    loading.load = drawn
+    pipeline.load = drawn
     try:
         yield
     finally:
-        loading.load = load
+        pipeline.load = load
 
 
 def transformer(size: Size, dtype: torch.dtype, device: torch.device) -> nn.Module:
