@@ -48,7 +48,7 @@ def test_cached_embeddings_equal_fresh_ones_of_single_prompts_bit_for_bit(family
     made = save_flux(tmp_path / "model", guidance=True) if family == "flux" else None
     model = flux_model(made) if made else tiny_model(guidance_scale=2.0)
     fresh = [model.encode([text]) for text in TEXTS]
-    cache = PromptEncoder(model, folder=str(tmp_path), engine=Engine(kind="single", device="cpu"))
+    cache = PromptEncoder(model, folder=str(tmp_path), engine=alone())
     cache.prepare(TEXTS)
     assert all(same(cache.encode([text]), own) for text, own in zip(TEXTS, fresh, strict=True))
     rows = [2, 0, 2]  # another order, and one twice
