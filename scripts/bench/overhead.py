@@ -106,7 +106,7 @@ def record(trainer: Trainer, parts: build.Parts, calls: Calls) -> Callable[[], N
 def replay(parts: build.Parts, calls: Calls) -> None:
     """The same batches through the network alone, then the decoder and the reward."""
     model, policy = parts.policy._model, parts.policy
-    conditions = model.encode(["a red circle"])
+    conditions = policy.encode(["a red circle"])
     for gradient, states in calls.network:
         x = torch.zeros((states, *model.latent_shape))  # type: ignore[attr-defined]
         sigma, rows = torch.full((states,), 0.5), conditions[torch.zeros(states, dtype=torch.long)]
