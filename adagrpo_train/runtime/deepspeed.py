@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class ZeroEngine(Engine):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State of whole parameters; only the main rank's holds them."""
         flats = self._flats()
-        known = optimizer.state.get(flats[0], {})
+        known: dict[str, Any] = optimizer.state.get(flats[0], {})
         names = sorted(known)
         state: dict[int, dict[str, Any]] = {}
         for number, parameter in enumerate(self._parameters()):
@@ -136,7 +137,8 @@ class ZeroEngine(Engine):
             for name in names:
                 value = known[name]
                 divided = isinstance(value, Tensor) and value.shape == flats[0].shape
-                entry[name] = self._whole_state(optimizer, parameter, name) if divided else value
+                # A count is copied: shared among parameters it would, once loaded, rise with each of them.
+                entry[name] = self._whole_state(optimizer, parameter, name) if divided else deepcopy(value)
             if names and self.is_main:
                 state[number] = entry
         return {"state": state, "param_groups": self._param_groups(optimizer)}
@@ -147,10 +149,11 @@ class ZeroEngine(Engine):
         if not state["state"]:
             return
         parameters, first = self._parameters(), state["state"][0]
-        divided = {name for name, value in first.items() if list(value.shape) == _shape(parameters[0]) != []}
+        whole = _shape(parameters[0])
+        divided = {name for name, value in first.items() if isinstance(value, Tensor) and list(value.shape) == whole}
         for flat in self._flats():
             optimizer.state[flat] = {
-                name: torch.zeros_like(flat) if name in divided else value.clone() for name, value in first.items()
+                name: torch.zeros_like(flat) if name in divided else deepcopy(value) for name, value in first.items()
             }
         for number, parameter in enumerate(parameters):
             for name in divided:

@@ -171,7 +171,8 @@ def _check_optimizer(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         }
     for number, entry in theirs["state"].items():
         for key, value in entry.items():
-            torch.testing.assert_close(ours["state"][number][key], value, rtol=1e-3, atol=1e-7)
+            # Moments of gradients that nearly cancel are tiny, and rounding is large beside them.
+            assert float((ours["state"][number][key] - value).norm()) <= 1e-3 * float(value.norm()), (number, key)
 
 
 def _check_export(folder: Path, weights: dict[str, torch.Tensor]) -> None:
