@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from adagrpo_train import build
-from adagrpo_train.settings import Settings, group_options, read_settings
+from adagrpo_train.settings import Settings, config_dir, group_options, read_settings
 from tests import real_sizes
 from tests.support import ASSETS
 
@@ -148,6 +148,14 @@ def test_a_preset_holds_the_published_numbers(name: str) -> None:
         assert build._entry(reward, section).name == reward
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_command_in_the_header_launches_the_engine_of_the_preset(name: str) -> None:
+    header = (config_dir() / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
+    engine = read_settings([f"experiment={name}"]).choices["engine"]
+    launcher = "--multi_gpu" if engine == "ddp" else f"--config_file configs/accelerate/{engine}.yaml"
+    assert f"accelerate launch {launcher} --num_processes {PROCESSES.get(name, 8)} " in header
+
+
 @pytest.fixture
 def own_pipelines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pipelines to change, such as by adapters, which others then do not see."""
@@ -169,7 +177,7 @@ def test_a_preset_builds_its_trainer_at_the_real_size(name: str, own_pipelines: 
     for key in ("candidates", "chosen"):
         assert getattr(trainer._curriculum, key) % PROCESSES.get(name, 8) == 0
     share = trainer._curriculum.chosen // PROCESSES.get(name, 8)
-    assert parts.sampler.batches(share) >= settings.values["updates_per_iteration"]
+    assert parts.sampler.batches(share) % settings.values["updates_per_iteration"] == 0
     full = settings.values["trainable"]["_target_"].endswith("Full")
     weights = sum(parameter.numel() for parameter in parts.policy.parameters)
     assert weights == (11_901_408_320 if full else 18_776_064)
@@ -196,6 +204,7 @@ def _buildable(name: str) -> Settings:
             f"prompts.path={prompts / 'shapes_train.jsonl'}",
             f"prompts.evaluation_path={prompts / 'shapes_heldout.jsonl'}",
             "evaluation.images=1",
+            "engine=single",
         ]
     )
 
