@@ -23,7 +23,6 @@ from scripts.tiny.families import FAMILIES
 LOGGER = logging.getLogger(__name__)
 WARM_UP = 150  # steps
 CAPTION_DROPOUT = 0.1
-SIGMA_SHIFT = 0.2  # mean of the logit-normal distribution of sigma
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -98,6 +97,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=400)
     parser.add_argument("--emphasise", nargs="*", choices=CLASSES, default=[], help="classes to show more often")
     parser.add_argument("--emphasis", type=float, default=3.0, help="relative frequency of these classes")
+    parser.add_argument("--sigma-shift", type=float, default=0.2, help="mean of the logit-normal distribution of sigma")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile of the loss")
     return parser.parse_args()
@@ -135,7 +135,7 @@ def main() -> None:
             chosen = torch.randint(len(latents), (args.batch,))
         ids = all_ids[chosen]
         ids[torch.rand(args.batch) < CAPTION_DROPOUT] = no_caption
-        sigma = torch.sigmoid(torch.randn(args.batch) + SIGMA_SHIFT)
+        sigma = torch.sigmoid(torch.randn(args.batch) + args.sigma_shift)
         data = latents[chosen]
         loss = loss_function(data, ids, sigma, torch.randn_like(data))
         optimizer.zero_grad(set_to_none=True)
