@@ -1,7 +1,7 @@
 """Measures how often a pipeline follows captions, by class, on training and on held-out captions.
 
 The pipeline is either a finished folder (``--pipeline``) or a checkpoint in the making (``--checkpoint`` and
-``--vae``). Pictures go through `StableDiffusion3Pipeline` itself.
+``--vae``). Pictures go through the stock pipeline of the family.
 """
 
 from __future__ import annotations
@@ -9,24 +9,29 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, FluxPipeline, StableDiffusion3Pipeline
 from PIL import Image
 
 from rewards.shapes.grammar import CLASSES, Scene, caption, difficulty_class, split, subsample
 from scripts.tiny import recipe
+from scripts.tiny.families import FAMILIES
 
 LOGGER = logging.getLogger(__name__)
 BATCH = 80
+
+Pipeline = StableDiffusion3Pipeline | FluxPipeline
 
 
 def parse_args() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="sd3")
     parser.add_argument("--pipeline", type=Path, default=None, help="folder of a pipeline")
     parser.add_argument("--checkpoint", type=Path, default=None, help="weights from `pretrain`")
     parser.add_argument("--vae", type=Path, default=None, help="autoencoder folder, with --checkpoint")
@@ -48,11 +53,18 @@ def main() -> None:
     """Evaluates and prints a Markdown table (rows: captions, columns: classes, cells: smooth/strict)."""
     args = parse_args()
     recipe.setup(seed=args.seed, threads=args.threads)
-    pipeline = load(pipeline=args.pipeline, checkpoint=args.checkpoint, vae=args.vae)
+    pipeline = load(family=args.family, pipeline=args.pipeline, checkpoint=args.checkpoint, vae=args.vae)
     rows = []
     for part in args.parts:
         scenes = choose(part, per_class=args.per_class)
-        images = sample(pipeline, scenes, steps=args.steps, guidance=args.guidance, seed=args.seed)
+        images = sample(
+            pipeline,
+            scenes,
+            steps=args.steps,
+            guidance=args.guidance,
+            seed=args.seed,
+            arguments=FAMILIES[args.family].SAMPLING,
+        )
         table = recipe.score_by_class(images, scenes)
         rows.append(
             f"| {part} | " + " | ".join(f"{smooth:.2f}/{strict:.2f}" for smooth, strict, _ in table.values()) + " |"
@@ -74,16 +86,15 @@ def main() -> None:
     print("\n".join([header, "|---" * (len(CLASSES) + 2) + "|", *rows]))
 
 
-def load(*, pipeline: Path | None, checkpoint: Path | None, vae: Path | None) -> StableDiffusion3Pipeline:
+def load(*, family: str, pipeline: Path | None, checkpoint: Path | None, vae: Path | None) -> Pipeline:
     """Loads a finished pipeline, or assembles one from a checkpoint rounded to half precision, in float32."""
+    made_by = FAMILIES[family]
     if pipeline is not None:
-        loaded = StableDiffusion3Pipeline.from_pretrained(
-            pipeline, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
-        )
+        loaded = made_by.load_pipeline(pipeline)
     else:
-        model = recipe.FlowModel()
+        model = made_by.FlowModel()
         model.load_state_dict(torch.load(checkpoint))
-        loaded = recipe.assemble(model, AutoencoderKL.from_pretrained(vae)).to(torch.float16).to(torch.float32)
+        loaded = made_by.assemble(model, AutoencoderKL.from_pretrained(vae)).to(torch.float16).to(torch.float32)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -100,9 +111,9 @@ def choose(part: str, *, per_class: int) -> list[Scene]:
 
 
 def sample(
-    pipeline: StableDiffusion3Pipeline, scenes: list[Scene], *, steps: int, guidance: float, seed: int
+    pipeline: Pipeline, scenes: list[Scene], *, steps: int, guidance: float, seed: int, arguments: Mapping[str, int]
 ) -> npt.NDArray[np.uint8]:
-    """Samples one picture per scene.
+    """Samples one picture per scene, with further `arguments` of the pipeline.
 
     Returns:
         uint8 of shape ``[len(scenes), 32, 32, 3]``.
@@ -114,7 +125,7 @@ def sample(
             [caption(scene) for scene in scenes[start : start + BATCH]],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            max_sequence_length=0,
+            **arguments,
             output_type="np",
             generator=generator,
         )

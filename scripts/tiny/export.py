@@ -1,4 +1,4 @@
-"""Assembles a checkpoint and the autoencoder as a stock half-precision `StableDiffusion3Pipeline` folder."""
+"""Assembles a checkpoint and the autoencoder as a stock half-precision pipeline folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from scripts.tiny import recipe
+from scripts.tiny.families import FAMILIES
 
 LOGGER = logging.getLogger(__name__)
 
@@ -18,16 +19,18 @@ LOGGER = logging.getLogger(__name__)
 def main() -> None:
     """Writes the pipeline folder."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="sd3")
     parser.add_argument("--vae", type=Path, default=None, help="autoencoder folder (default: untrained)")
     parser.add_argument("--checkpoint", type=Path, default=None, help="weights from `pretrain` (default: untrained)")
     parser.add_argument("--target", type=Path, required=True, help="pipeline folder to write")
     args = parser.parse_args()
     recipe.setup(seed=0, threads=1)
-    model = recipe.FlowModel()
+    family = FAMILIES[args.family]
+    model = family.FlowModel()
     if args.checkpoint is not None:
         model.load_state_dict(torch.load(args.checkpoint))
     vae = AutoencoderKL.from_pretrained(args.vae) if args.vae is not None else recipe.build_vae()
-    pipeline = recipe.assemble(model, vae).to(torch.float16)
+    pipeline = family.assemble(model, vae).to(torch.float16)
     pipeline.save_pretrained(args.target)
     for path in args.target.rglob("*.safetensors"):
         path.chmod(0o644)

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 
 from rewards.shapes.grammar import CLASSES, caption, difficulty_class
-from scripts.tiny import recipe
+from scripts.tiny import recipe, recipe_flux
+from scripts.tiny.families import FAMILIES
 
 LOGGER = logging.getLogger(__name__)
 WARM_UP = 150  # steps
 CAPTION_DROPOUT = 0.1
-SIGMA_SHIFT = 0.2  # mean of the logit-normal distribution of sigma
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -59,7 +59,7 @@ def learning_rate(step: int, *, steps: int, peak: float, decay_fraction: float) 
     return peak * min(1.0, (step + 1) / WARM_UP) * min(1.0, max(0.01, left))
 
 
-def make_loss(model: recipe.FlowModel) -> Loss:
+def make_loss(model: recipe.FlowModel | recipe_flux.FlowModel) -> Loss:
     """Returns the flow-matching loss as a function of latents, token ids, sigma and noise."""
 
     def loss(latents: torch.Tensor, ids: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -86,6 +86,7 @@ def parse_args() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="working folder")
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="sd3")
     parser.add_argument("--name", default="flow", help="folder of the checkpoints in the working folder")
     parser.add_argument("--init", type=Path, default=None, help="start from this checkpoint (fresh optimizer)")
     parser.add_argument("--steps", type=int, default=5000)
@@ -96,6 +97,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=400)
     parser.add_argument("--emphasise", nargs="*", choices=CLASSES, default=[], help="classes to show more often")
     parser.add_argument("--emphasis", type=float, default=3.0, help="relative frequency of these classes")
+    parser.add_argument("--sigma-shift", type=float, default=0.2, help="mean of the logit-normal distribution of sigma")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile of the loss")
     return parser.parse_args()
@@ -107,12 +109,13 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     recipe.setup(seed=args.seed, threads=1)
+    family = FAMILIES[args.family]
     latents = torch.load(args.out / "latents.pt", mmap=True)
     scenes = recipe.load_scenes(args.out / "train_scenes.npy")
-    all_ids = torch.tensor([recipe.word_ids(caption(scene)) for scene in scenes])
+    all_ids = torch.tensor([family.word_ids(caption(scene)) for scene in scenes])
     frequency = torch.tensor([args.emphasis if difficulty_class(s) in args.emphasise else 1.0 for s in scenes])
-    no_caption = torch.tensor(recipe.word_ids(""))
-    model = recipe.FlowModel()
+    no_caption = torch.tensor(family.word_ids(""))
+    model = family.FlowModel()
     if args.init is not None:
         model.load_state_dict(torch.load(args.init))
     parameters = list(model.parameters())
@@ -132,7 +135,7 @@ def main() -> None:
             chosen = torch.randint(len(latents), (args.batch,))
         ids = all_ids[chosen]
         ids[torch.rand(args.batch) < CAPTION_DROPOUT] = no_caption
-        sigma = torch.sigmoid(torch.randn(args.batch) + SIGMA_SHIFT)
+        sigma = torch.sigmoid(torch.randn(args.batch) + args.sigma_shift)
         data = latents[chosen]
         loss = loss_function(data, ids, sigma, torch.randn_like(data))
         optimizer.zero_grad(set_to_none=True)

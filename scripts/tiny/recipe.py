@@ -1,4 +1,4 @@
-"""Architecture, tokenizer and small functions shared by the scripts that make the bundled `tiny_sd3` model."""
+"""Architecture and tokenizer of the bundled `tiny_sd3` model, and small functions shared by all scripts."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ LAYERS = 5
 TEXT_WIDTH = 64
 WORD_SCALE = 0.3  # deviation of the initial word embeddings; with CLIP's own 0.02 all words start nearly alike
 START, END = "<|startoftext|>", "<|endoftext|>"
+SAMPLING = {"max_sequence_length": 0}  # arguments that every call of the pipeline needs
 
 
 def setup(*, seed: int, threads: int) -> None:
@@ -208,6 +209,11 @@ def assemble(model: FlowModel, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
         text_encoder_3=None,
         tokenizer_3=None,
     )
+
+
+def load_pipeline(folder: Path) -> StableDiffusion3Pipeline:
+    """Loads an exported pipeline in float32."""
+    return StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
 
 
 def to_model_range(images: npt.NDArray[np.uint8]) -> torch.Tensor:

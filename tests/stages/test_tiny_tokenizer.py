@@ -1,4 +1,4 @@
-"""The tokenizer of the bundled model: one fixed id per word, the padding that pretraining used."""
+"""The CLIP tokenizers of the bundled models: one fixed id per word, the padding that pretraining used."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from transformers import CLIPTokenizer
 
 from rewards.shapes.grammar import WORDS, caption, enumerate_scenes
 
-ASSETS = Path(__file__).parents[2] / "adagrpo_train" / "assets" / "tiny_sd3"
+ASSETS = Path(__file__).parents[2] / "adagrpo_train" / "assets"
 START, END, LENGTH = 0, 1, 13
-CASES = [(variant, name) for variant in ("mid", "full") for name in ("tokenizer", "tokenizer_2")]
+CASES = [(f"tiny_sd3/{variant}", name) for variant in ("mid", "full") for name in ("tokenizer", "tokenizer_2")]
+CASES.append(("tiny_flux/mid", "tokenizer"))
 
 
-@pytest.mark.parametrize(("variant", "name"), CASES)
-def test_every_caption_gives_one_id_per_word(variant: str, name: str) -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / variant / name)
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_every_caption_gives_one_id_per_word(model: str, name: str) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / model / name)
     captions = [caption(scene) for scene in enumerate_scenes()]
     ids = tokenizer(captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True).input_ids
     assert tokenizer.model_max_length == LENGTH
@@ -26,9 +27,9 @@ def test_every_caption_gives_one_id_per_word(variant: str, name: str) -> None:
         assert row == expected + [END] * (LENGTH - len(expected)), text
 
 
-@pytest.mark.parametrize(("variant", "name"), CASES)
-def test_special_tokens(variant: str, name: str) -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / variant / name)
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_special_tokens(model: str, name: str) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / model / name)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (START, END, END)
     assert tokenizer("", padding="max_length").input_ids == [START] + [END] * (LENGTH - 1)
     assert tokenizer("A Red  CIRCLE").input_ids == tokenizer("a red circle").input_ids
