@@ -1,6 +1,7 @@
 """Several rewards as one scorer: parts, totals, missing scores, and what happens when nobody answers."""
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar
@@ -388,6 +389,24 @@ def test_a_run_waits_no_longer_than_told() -> None:
     client = Absent(A, times=10**9)
     with pytest.raises(RewardError, match=r"nobody there.*reward\.first\.wait_seconds higher"):
         scorer((entry("first", on_unavailable="wait", wait_seconds=0.2), client)).score(images("x"), ["x"])
+
+
+def test_a_reward_that_says_it_is_ready_and_never_answers_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(collector, "_HEARTBEAT_SECONDS", 0.01)
+
+    class Late(Absent):
+        def submit(self, samples: Sequence[Sample]) -> Future[RewardBatch]:
+            assert self.waits < 20, "asked again and again"
+            future: Future[RewardBatch] = Future()
+            threading.Timer(0.05, future.set_exception, (self.error("no score in time"),)).start()
+            return future
+
+    client = Late(A, times=0)
+    with pytest.raises(RewardError, match=r"no score in time.*reward\.first\.wait_seconds higher"):
+        scorer((entry("first", on_unavailable="wait", wait_seconds=0.3), client)).score(images("x"), ["x"])
+    assert client.waits > 0
 
 
 @pytest.mark.parametrize("error", [RewardRefusedError, ZeroDivisionError])
