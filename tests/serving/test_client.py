@@ -371,6 +371,15 @@ def test_with_nobody_there_the_deadline_holds_and_waiting_later_succeeds(serve: 
         assert_exact(client.submit(samples()).result())
 
 
+def test_a_reward_that_cannot_score_now_is_waited_for(pair: Pair, tmp_path: Path) -> None:
+    """A judge, say, whose model is being loaded: its images are not missing, they can be had later."""
+    with client_of(pair[0]) as client:
+        assert_exact(client.submit(samples(4, {2: f"away once {tmp_path / 'back'}"})).result(), 4)
+    with client_of(pair[0], deadline_seconds=0.5) as client:
+        with pytest.raises(RewardUnavailableError, match=r"503: the reward cannot score now"):
+            client.submit(samples(4, {2: "away"})).result()
+
+
 # --- what asking again does not help -------------------------------------------------------------------------------
 
 
