@@ -184,7 +184,7 @@ class Collector:
             remedy = "on_unavailable=wait" if entry.on_unavailable == "stop" else "wait_seconds higher"
             raise _everywhere(
                 f"reward {entry.name}: {failure}. Nobody answers; see to its servers and resume, or set "
-                f"reward.{entry.name}.{remedy}"
+                f"reward.{entry.name}.{remedy}, or deadline_seconds higher if it is only slow"
             )
         _log.warning("reward %s: %s; going on without it", entry.name, failure)
         nothing = torch.full((len(self._samples),), torch.nan)

@@ -22,12 +22,12 @@ class RewardEntry:
         max_bad_fraction: share of missing scores, in [0, 1), above which an iteration is skipped.
         on_unavailable: "stop" ends the run with a checkpoint when nobody answers, "wait" waits for the reward.
         wait_seconds: longest wait.
-        deadline_seconds: longest time for the scores of one batch of images, retries included.
+        deadline_seconds: longest time for the scores of one batch of images, from when it has its turn, with retries.
         mode: "inproc", "local" (servers that the run starts and ends) or "remote".
         device: of inproc: "cpu", "cuda:N"; None is that of the process.
         devices: of local: one server per device and node.
         python: of local: interpreter of another environment; None is this one.
-        startup_seconds: of local and remote: longest wait for a loaded model.
+        startup_seconds: longest wait for a loaded model.
         urls: of remote.
         token_file: of remote: file with the token of the servers.
         hedge_seconds: of local and remote: a second replica is asked after this long; 0 never asks.

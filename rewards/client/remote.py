@@ -71,7 +71,8 @@ class RemoteSettings:
     """How a client treats its servers.
 
     Attributes:
-        deadline_seconds: longest time for one `submit`, retries included.
+        deadline_seconds: longest time for one `submit`, retries included, from when it has its turn: while earlier ones
+            are answered, it waits.
         attempt_seconds: longest time for one request, then another replica is asked; None is half the deadline.
         connect_seconds: longest time for a connection.
         chunk_images: most images of a request.
@@ -130,6 +131,7 @@ class RemoteClient:
         self._decode_answer = msgspec.msgpack.Decoder(ScoreResponse).decode
         self._compress = _compressor() if self._settings.compress else bytes
         self._closed = False
+        self._answered_at = -math.inf  # of time.monotonic()
         self._loop = asyncio.new_event_loop()
         # A daemon: a process that fails elsewhere must not be kept alive by its reward.
         self._thread = threading.Thread(target=self._loop.run_forever, name="reward-client", daemon=True)
@@ -254,24 +256,34 @@ class RemoteClient:
         tasks = [asyncio.create_task(self._chunk(chunk, job)) for chunk in chunks]
         ejections = self._replicas.ejections
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                await asyncio.gather(*tasks)
+            await self._until_deadline(asyncio.gather(*tasks), job)
         except TimeoutError:
             unanswered = len(samples) - len(job.outcomes)
             # With servers that work, single images may be late. With none, the whole batch can be had again later.
             if unanswered and not (job.latencies and self._replicas.serving):
                 raise RewardUnavailableError(
-                    f"{unanswered} of {len(samples)} images have no score after "
-                    f"{self._settings.deadline_seconds:.0f} s; {job.last_fault or 'no server answered'}"
+                    f"{unanswered} of {len(samples)} images have no score after deadline_seconds="
+                    f"{self._settings.deadline_seconds:g}; {job.last_fault or 'no server answered'}"
                 ) from None
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        late = f"deadline: not scored within {self._settings.deadline_seconds} s; {job.last_fault}"
+        late = f"deadline: not scored within deadline_seconds={self._settings.deadline_seconds:g}; {job.last_fault}"
         ordered = [job.outcomes.get(sample.id, late) for sample in samples]
         stats = job.figures() | {"ejections": float(self._replicas.ejections - ejections)}
         return RewardBatch(columns(ordered, known.metrics), reasons(ordered), known.fingerprint, stats)
+
+    async def _until_deadline(self, work: asyncio.Future[list[None]], job: "_Job") -> None:
+        """Wait for the work; TimeoutError at the deadline, which does not pass while the job waits for its turn."""
+        while not work.done():
+            turn = job.deadline
+            if not job.counts["requests"]:
+                turn = max(turn, self._answered_at + self._settings.deadline_seconds)
+            if time.monotonic() >= turn:
+                raise TimeoutError
+            await asyncio.wait({work}, timeout=turn - time.monotonic())
+        work.result()
 
     def _chunk_images(self, samples: Sequence[Sample]) -> int:
         """Most images of a request, by our own settings and by what the server takes."""
@@ -334,6 +346,8 @@ class RemoteClient:
         asked.append(replica)
         with self._replicas.occupied(replica):
             asked_at = time.monotonic()
+            if not job.counts["requests"]:
+                job.deadline = asked_at + self._settings.deadline_seconds
             job.counts["requests"] += 1
             try:
                 outcomes = await self._ask(replica, samples, job.deadline - asked_at)
@@ -348,7 +362,8 @@ class RemoteClient:
                 job.last_fault = str(error)
                 raise
             self._replicas.answered(replica)
-            job.latencies.append(time.monotonic() - asked_at)
+            self._answered_at = time.monotonic()
+            job.latencies.append(self._answered_at - asked_at)
             return outcomes
 
     async def _ask(self, replica: Replica, samples: list[Sample], left: float) -> dict[str, Outcome]:
@@ -394,7 +409,7 @@ class RemoteClient:
 class _Job:
     """What is known about one `submit` so far."""
 
-    deadline: float  # of time.monotonic()
+    deadline: float  # of time.monotonic(); moved when the first request is sent
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     latencies: list[float] = field(default_factory=list)  # seconds, of answered requests
     counts: Counter[str] = field(default_factory=lambda: Counter(requests=0, retries=0, hedges=0))

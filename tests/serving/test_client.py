@@ -371,13 +371,33 @@ def test_with_nobody_there_the_deadline_holds_and_waiting_later_succeeds(serve: 
         assert_exact(client.submit(samples()).result())
 
 
+@pytest.mark.slow
+def test_waiting_for_its_turn_is_no_silence_of_the_servers(serve: Serve) -> None:
+    """Pieces of an iteration are submitted faster than a slow reward scores them."""
+    slow = serve(token=TOKEN, settings={"seconds": 0.3})
+    with client_of(slow, deadline_seconds=2, in_flight=1) as client:
+        client.wait_ready(5)
+        pieces = [client.submit(samples(8)) for _ in range(8)]
+        for piece in pieces:
+            assert_exact(piece.result(), 8)
+        slow.process.send_signal(signal.SIGSTOP)
+        started = time.monotonic()
+        pieces = [client.submit(samples(8)) for _ in range(2)]
+        for piece in pieces:
+            with pytest.raises(RewardUnavailableError, match="8 of 8 images have no score"):
+                piece.result()
+        assert time.monotonic() - started < 6
+
+
 def test_a_reward_that_cannot_score_now_is_waited_for(pair: Pair, tmp_path: Path) -> None:
     """A judge, say, whose model is being loaded: its images are not missing, they can be had later."""
     with client_of(pair[0]) as client:
         assert_exact(client.submit(samples(4, {2: f"away once {tmp_path / 'back'}"})).result(), 4)
-    with client_of(pair[0], deadline_seconds=0.5) as client:
-        with pytest.raises(RewardUnavailableError, match=r"503: the reward cannot score now"):
-            client.submit(samples(4, {2: "away"})).result()
+    with (
+        client_of(pair[0], deadline_seconds=0.5) as client,
+        pytest.raises(RewardUnavailableError, match=r"503: the reward cannot score now"),
+    ):
+        client.submit(samples(4, {2: "away"})).result()
 
 
 # --- what asking again does not help -------------------------------------------------------------------------------
