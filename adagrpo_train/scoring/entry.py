@@ -100,6 +100,8 @@ class RewardEntry:
         for key, mode in (("device", "inproc"), ("devices", "local"), ("python", "local"), ("token_file", "remote")):
             if getattr(self, key) and self.mode != mode:
                 raise self.error(key, f"belongs to reward.{self.name}.mode={mode}, not to {self.mode}")
+        if self.hedge_seconds and self.mode == "inproc":
+            raise self.error("hedge_seconds", f"there is no second server with reward.{self.name}.mode=inproc")
         if self.mode == "remote" and not self.urls:
             raise self.error("urls", "mode=remote needs the addresses of its servers, [http://host:port]")
         if self.mode != "remote" and self.urls:

@@ -194,11 +194,6 @@ class Scorer:
         fixed = state["calibration"]
         self._calibration = fixed and {name: Moments(*pair) for name, pair in fixed.items()}
 
-    def close(self) -> None:
-        """End what the rewards hold: worker threads, connections."""
-        for source in self._sources:
-            source.client.close()
-
     def _total_so_far(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The total [N]; missing as long as the first evaluation is still to calibrate it."""
         if self._calibrates and self._calibration is None:

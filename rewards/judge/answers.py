@@ -6,8 +6,8 @@ from collections.abc import Mapping
 _LONGEST = 65536  # characters of an answer that are looked at
 
 #: A number that is followed by nothing that would change it. "45" is not 4; "4/10", "4,5", "3-4", "4 or 5" and "4 out
-#: of 5" are no 4 either; without the possessive ``++`` the group would give digits back until one of them fits, and a run
-#: of blanks would take the square of its length.
+#: of 5" are no 4 either; without the possessive ``++`` the group would give digits back until one of them fits, and
+#: a run of blanks would take the square of its length.
 NUMBER = (
     r"([0-9]++(?:\.[0-9]++)?+)"
     r"(?![.,]?\w"  # more digits, an exponent, a unit

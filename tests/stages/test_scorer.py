@@ -462,6 +462,7 @@ def test_settings_that_cannot_work_are_refused(
         ({"max_bad_fraction": 1.0}, "max_bad_fraction=1.0"),
         ({"deadline_seconds": 0.0}, "deadline_seconds=0.0"),
         ({"deadline_seconds": math.inf}, "deadline_seconds=inf"),
+        ({"hedge_seconds": 1.0}, r"hedge_seconds=1\.0: .*mode=inproc"),
         ({"hedge_seconds": math.nan}, "hedge_seconds=nan"),
         ({"hedge_seconds": -1.0}, "hedge_seconds=-1.0"),
     ],
