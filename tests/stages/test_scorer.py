@@ -103,6 +103,14 @@ def test_the_total_is_the_weighted_sum_of_all_rewards_and_parts_are_kept() -> No
     assert scores.missing == {"first": 0.0, "second": 0.0}
 
 
+def test_the_order_in_which_rewards_are_named_changes_no_bit_of_the_total() -> None:
+    """A run may be resumed with another one."""
+    parts = {name: torch.rand(100, generator=torch.Generator().manual_seed(n)) for n, name in enumerate("abc")}
+    pairs = [(entry("first", {"a": 0.3, "b": 0.7}), A), (entry("second", {"c": 1.1}), C)]
+    turned = [(entry("second", {"c": 1.1}), C), (entry("first", {"b": 0.7, "a": 0.3}), A)]
+    assert torch.equal(scorer(*pairs).total(parts), scorer(*turned).total(parts))
+
+
 def test_scores_keep_their_order_over_pieces() -> None:
     one = scorer((entry("first"), A))
     collector = one.collect()
