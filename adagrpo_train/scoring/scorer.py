@@ -211,7 +211,7 @@ class Scorer:
             if entry.trains and not entry.required and self._level == "reward":
                 raise entry.error("required", "needs scoring.level=advantage: a sum lacks a term")
             weights |= {self._names[entry.name, metric]: w for metric, w in entry.weights.items() if w}
-        return dict(sorted(weights.items()))  # sums of floats depend on the order, and a run on none
+        return dict(sorted(weights.items()))  # sums of floats depend on it, a run must not
 
     def _owner(self, part: str) -> Source:
         return next(s for s in self._sources for m in s.client.info.metrics if self._names[s.entry.name, m] == part)
