@@ -90,8 +90,12 @@ class UnavailableError(RuntimeError):
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether every later call would fail too, as it does after some errors of a GPU."""
-    return isinstance(error, LostError) or ("CUDA error" in str(error) and not out_of_memory(error))
+    """Whether every later call would fail too, as it does after some errors of a GPU.
+
+    torch raises those as RuntimeError. The text of others may hold a prompt, and so the words of whoever asks.
+    """
+    fatal = isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    return isinstance(error, LostError) or (fatal and not out_of_memory(error))
 
 
 def out_of_memory(error: Exception) -> bool:

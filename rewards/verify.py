@@ -84,7 +84,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("names", metavar="NAME", nargs="+", help=f"of {', '.join(registry.names())}")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--settings", type=registry.json_object, default={}, metavar="JSON", help="of every NAME")
-    parser.add_argument("--record", action="store_true", help="replace what was recorded on this machine")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="replace scores recorded here, not the package's",
+    )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument(
         "--file", type=Path, default=cache / "adagrpo-rewards" / "recorded.json", help="of what is recorded here"
@@ -104,10 +108,11 @@ def _verify(name: str, options: argparse.Namespace) -> int:
         sys.stderr.write(f"{name}: {known}, and not to be had here: {type(error).__name__}: {error}\n")
         return 2
     reward.close()
-    if options.record or key not in shipped | own:
+    if key not in shipped and (options.record or key not in own):
         _write(options.file, own | {key: found})
+        what = "recorded anew:" if key in own else "UNRECORDED so far: no scores of this checkpoint to compare with"
         sys.stdout.write(
-            f"{name}: UNRECORDED so far: no scores of this checkpoint to compare with {found['scores']}\n"
+            f"{name}: {what} {found['scores']}\n"
             f"  {found['fingerprint']}\n"
             f"  Now recorded in {options.file}, for later runs. Whether they are right, nothing here can tell.\n"
         )

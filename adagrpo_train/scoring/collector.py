@@ -125,7 +125,7 @@ class Collector:
 
     def _settled(self, source: Source) -> _Answer:
         """What a reward says in the end, waited for as its entry tells; all ranks leave together."""
-        entry, began, told = source.entry, time.monotonic(), -math.inf
+        entry, failed_at, told = source.entry, math.inf, -math.inf
         outcome: _Answer | Exception | None = None
         while True:
             if not isinstance(outcome, _Answer):
@@ -134,12 +134,12 @@ class Collector:
             failure = next((report.failure for report in reports if report.failure), "")
             if final := next((report.failure for report in reports if report.final), ""):
                 raise _everywhere(f"reward {entry.name}: {final}")
-            if not failure:
-                if isinstance(outcome, _Answer) and not any(report.pending for report in reports):
-                    return outcome
-                began = time.monotonic()  # the wait that has a limit begins with the first failure
+            if not failure and isinstance(outcome, _Answer) and not any(report.pending for report in reports):
+                return outcome
+            if failure:
+                failed_at = min(failed_at, time.monotonic())  # of the first failure: asking again begins no new wait
             # The clock of the main rank decides for all.
-            waited = self._engine.broadcast(time.monotonic() - began)
+            waited = self._engine.broadcast(time.monotonic() - failed_at)
             if failure and (entry.on_unavailable == "stop" or waited >= entry.wait_seconds):
                 return self._without(source, failure)
             if any(report.stop for report in reports):
@@ -184,7 +184,7 @@ class Collector:
             remedy = "on_unavailable=wait" if entry.on_unavailable == "stop" else "wait_seconds higher"
             raise _everywhere(
                 f"reward {entry.name}: {failure}. Nobody answers; see to its servers and resume, or set "
-                f"reward.{entry.name}.{remedy}"
+                f"reward.{entry.name}.{remedy}, or deadline_seconds higher if it is only slow"
             )
         _log.warning("reward %s: %s; going on without it", entry.name, failure)
         nothing = torch.full((len(self._samples),), torch.nan)

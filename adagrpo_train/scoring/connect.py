@@ -28,7 +28,8 @@ class Rewards:
         log_dir: where the servers write their logs.
 
     Raises:
-        ConfigError: an unknown plug-in, a setting it does not have, or a token file that cannot be used.
+        ConfigError: an unknown plug-in, a setting it does not have, a token file that cannot be used, or servers of
+            another reward.
         RewardError: a reward does not get ready in time, or is not the same for all processes. All on every rank,
             whichever it happened on.
     """
@@ -116,6 +117,9 @@ class Rewards:
             raise RewardError(f"reward {entry.name}: {error}") from error
         except Exception as error:
             raise RewardError(f"reward {entry.name} could not be loaded: {type(error).__name__}: {error}") from error
+        if entry.mode == "remote" and client.info.name != entry.reward:
+            # Metrics do not tell: several rewards call theirs "score".
+            raise entry.error("urls", f"the reward served there is {client.info.name}, not {entry.reward}")
         return client
 
 

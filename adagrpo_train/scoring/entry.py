@@ -22,12 +22,12 @@ class RewardEntry:
         max_bad_fraction: share of missing scores, in [0, 1), above which an iteration is skipped.
         on_unavailable: "stop" ends the run with a checkpoint when nobody answers, "wait" waits for the reward.
         wait_seconds: longest wait.
-        deadline_seconds: longest time for the scores of one batch of images, retries included.
+        deadline_seconds: longest time for the scores of one batch of images, from when it has its turn, with retries.
         mode: "inproc", "local" (servers that the run starts and ends) or "remote".
         device: of inproc: "cpu", "cuda:N"; None is that of the process.
         devices: of local: one server per device and node.
         python: of local: interpreter of another environment; None is this one.
-        startup_seconds: of local and remote: longest wait for a loaded model.
+        startup_seconds: longest wait for a loaded model.
         urls: of remote.
         token_file: of remote: file with the token of the servers.
         hedge_seconds: of local and remote: a second replica is asked after this long; 0 never asks.
@@ -100,6 +100,8 @@ class RewardEntry:
         for key, mode in (("device", "inproc"), ("devices", "local"), ("python", "local"), ("token_file", "remote")):
             if getattr(self, key) and self.mode != mode:
                 raise self.error(key, f"belongs to reward.{self.name}.mode={mode}, not to {self.mode}")
+        if self.hedge_seconds and self.mode == "inproc":
+            raise self.error("hedge_seconds", f"there is no second server with reward.{self.name}.mode=inproc")
         if self.mode == "remote" and not self.urls:
             raise self.error("urls", "mode=remote needs the addresses of its servers, [http://host:port]")
         if self.mode != "remote" and self.urls:

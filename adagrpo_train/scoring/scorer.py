@@ -194,11 +194,6 @@ class Scorer:
         fixed = state["calibration"]
         self._calibration = fixed and {name: Moments(*pair) for name, pair in fixed.items()}
 
-    def close(self) -> None:
-        """End what the rewards hold: worker threads, connections."""
-        for source in self._sources:
-            source.client.close()
-
     def _total_so_far(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The total [N]; missing as long as the first evaluation is still to calibrate it."""
         if self._calibrates and self._calibration is None:
@@ -216,7 +211,7 @@ class Scorer:
             if entry.trains and not entry.required and self._level == "reward":
                 raise entry.error("required", "needs scoring.level=advantage: a sum lacks a term")
             weights |= {self._names[entry.name, metric]: w for metric, w in entry.weights.items() if w}
-        return weights
+        return dict(sorted(weights.items()))  # sums of floats depend on it, a run must not
 
     def _owner(self, part: str) -> Source:
         return next(s for s in self._sources for m in s.client.info.metrics if self._names[s.entry.name, m] == part)

@@ -5,14 +5,16 @@ clock is time.monotonic() throughout, so that setting the time of the machine ch
 """
 
 import asyncio
+import itertools
 import logging
 import math
 import random
 import re
+import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -38,7 +40,6 @@ from rewards.client.transport import BusyError, FaultError, Transport
 from rewards.contract import RewardInfo, Sample
 from rewards.wire import (
     CONTENT_TYPE,
-    MAX_ID,
     MAX_PROMPT,
     MAX_SIDE,
     MIN_SIDE,
@@ -71,7 +72,8 @@ class RemoteSettings:
     """How a client treats its servers.
 
     Attributes:
-        deadline_seconds: longest time for one `submit`, retries included.
+        deadline_seconds: longest time for one `submit`, retries included, from when it has its turn: while earlier ones
+            are answered, it waits.
         attempt_seconds: longest time for one request, then another replica is asked; None is half the deadline.
         connect_seconds: longest time for a connection.
         chunk_images: most images of a request.
@@ -130,6 +132,8 @@ class RemoteClient:
         self._decode_answer = msgspec.msgpack.Decoder(ScoreResponse).decode
         self._compress = _compressor() if self._settings.compress else bytes
         self._closed = False
+        self._answered_at = -math.inf  # of time.monotonic()
+        self._requests = (f"{secrets.token_hex(4)}-{number}" for number in itertools.count())
         self._loop = asyncio.new_event_loop()
         # A daemon: a process that fails elsewhere must not be kept alive by its reward.
         self._thread = threading.Thread(target=self._loop.run_forever, name="reward-client", daemon=True)
@@ -254,24 +258,34 @@ class RemoteClient:
         tasks = [asyncio.create_task(self._chunk(chunk, job)) for chunk in chunks]
         ejections = self._replicas.ejections
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                await asyncio.gather(*tasks)
+            await self._until_deadline(asyncio.gather(*tasks), job)
         except TimeoutError:
             unanswered = len(samples) - len(job.outcomes)
             # With servers that work, single images may be late. With none, the whole batch can be had again later.
             if unanswered and not (job.latencies and self._replicas.serving):
                 raise RewardUnavailableError(
-                    f"{unanswered} of {len(samples)} images have no score after "
-                    f"{self._settings.deadline_seconds:.0f} s; {job.last_fault or 'no server answered'}"
+                    f"{unanswered} of {len(samples)} images have no score after deadline_seconds="
+                    f"{self._settings.deadline_seconds:g}; {job.last_fault or 'no server answered'}"
                 ) from None
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        late = f"deadline: not scored within {self._settings.deadline_seconds} s; {job.last_fault}"
+        late = f"deadline: not scored within deadline_seconds={self._settings.deadline_seconds:g}; {job.last_fault}"
         ordered = [job.outcomes.get(sample.id, late) for sample in samples]
         stats = job.figures() | {"ejections": float(self._replicas.ejections - ejections)}
         return RewardBatch(columns(ordered, known.metrics), reasons(ordered), known.fingerprint, stats)
+
+    async def _until_deadline(self, work: asyncio.Future[list[None]], job: "_Job") -> None:
+        """Wait for the work; TimeoutError at the deadline, which does not pass while the job waits for its turn."""
+        while not work.done():
+            turn = job.deadline
+            if not job.counts["requests"]:
+                turn = max(turn, self._answered_at + self._settings.deadline_seconds)
+            if time.monotonic() >= turn:
+                raise TimeoutError
+            await asyncio.wait({work}, timeout=turn - time.monotonic())
+        work.result()
 
     def _chunk_images(self, samples: Sequence[Sample]) -> int:
         """Most images of a request, by our own settings and by what the server takes."""
@@ -334,6 +348,8 @@ class RemoteClient:
         asked.append(replica)
         with self._replicas.occupied(replica):
             asked_at = time.monotonic()
+            if not job.counts["requests"]:
+                job.deadline = asked_at + self._settings.deadline_seconds
             job.counts["requests"] += 1
             try:
                 outcomes = await self._ask(replica, samples, job.deadline - asked_at)
@@ -348,7 +364,8 @@ class RemoteClient:
                 job.last_fault = str(error)
                 raise
             self._replicas.answered(replica)
-            job.latencies.append(time.monotonic() - asked_at)
+            self._answered_at = time.monotonic()
+            job.latencies.append(self._answered_at - asked_at)
             return outcomes
 
     async def _ask(self, replica: Replica, samples: list[Sample], left: float) -> dict[str, Outcome]:
@@ -358,13 +375,21 @@ class RemoteClient:
         headers = {"Content-Type": CONTENT_TYPE, "X-Deadline-Ms": str(max(1, int(1000 * _SERVER_SHARE * seconds)))}
         if own.compress:
             headers["Content-Encoding"] = "zstd"
-        body = self._compress(msgspec.msgpack.encode(ScoreRequest(_VERSION, [_wire_item(s) for s in samples])))
+        # Ids of samples come again in every iteration; these do not, so that no answer fits two requests.
+        request = next(self._requests)
+        asked = {f"{request}-{number}": sample for number, sample in enumerate(samples)}
+        items = [_wire_item(identity, sample) for identity, sample in asked.items()]
+        body = self._compress(msgspec.msgpack.encode(ScoreRequest(_VERSION, items)))
         most = _ANSWER_BYTES + _RESULT_BYTES * len(samples)
         content = await self._transport.post(url, body, headers, seconds=seconds, most=most)
-        return self._outcomes(url, content, samples)
+        return self._outcomes(url, content, asked)
 
-    def _outcomes(self, url: str, content: bytes, samples: list[Sample]) -> dict[str, Outcome]:
-        """The checked content of an answer, by id."""
+    def _outcomes(self, url: str, content: bytes, asked: Mapping[str, Sample]) -> dict[str, Outcome]:
+        """The checked content of an answer, by id of the sample.
+
+        Args:
+            asked: id on the way -> sample.
+        """
         try:
             answer = self._decode_answer(content)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -372,7 +397,7 @@ class RemoteClient:
         if answer.v != _VERSION:
             raise RewardRefusedError(f"{url} answered in version {answer.v}, this client speaks version {_VERSION}")
         self._check_fingerprint(url, answer.fingerprint)
-        if sorted(result.id for result in answer.results) != sorted(sample.id for sample in samples):
+        if sorted(result.id for result in answer.results) != sorted(asked):
             raise FaultError(f"{url}: the answer is not about the images asked about")
         if all(result.error is not None and result.error.code == "deadline" for result in answer.results):
             raise FaultError(f"{url}: no image was scored in time")
@@ -382,11 +407,11 @@ class RemoteClient:
                 raise FaultError(f"{url}: an image has neither scores nor an error, or both")
             if result.scores is not None:
                 try:
-                    outcomes[result.id] = checked_score(result.scores, self._known.metrics)
+                    outcomes[asked[result.id].id] = checked_score(result.scores, self._known.metrics)
                 except KeyError as error:
                     raise FaultError(f"{url}: the answer lacks the metric {error}") from error
             elif result.error is not None:
-                outcomes[result.id] = f"{result.error.code}: {result.error.message}"[:300]
+                outcomes[asked[result.id].id] = f"{result.error.code}: {result.error.message}"[:300]
         return outcomes
 
 
@@ -394,7 +419,7 @@ class RemoteClient:
 class _Job:
     """What is known about one `submit` so far."""
 
-    deadline: float  # of time.monotonic()
+    deadline: float  # of time.monotonic(); moved when the first request is sent
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     latencies: list[float] = field(default_factory=list)  # seconds, of answered requests
     counts: Counter[str] = field(default_factory=lambda: Counter(requests=0, retries=0, hedges=0))
@@ -419,12 +444,12 @@ def _may_change(outcome: Outcome) -> bool:
     return isinstance(outcome, str) and not outcome.startswith(_FINAL)
 
 
-def _wire_item(sample: Sample) -> WireItem:
+def _wire_item(identity: str, sample: Sample) -> WireItem:
     image = np.ascontiguousarray(sample.image)
     height, width, _ = image.shape
     pixels = WireImage("raw", width, height, image.data.cast("B"))
     # Without its group: no server serves a reward that compares the images of one.
-    return WireItem(sample.id, sample.prompt, pixels, meta=dict(sample.meta))
+    return WireItem(identity, sample.prompt, pixels, meta=dict(sample.meta))
 
 
 def _flaw(sample: Sample) -> str:
@@ -432,12 +457,12 @@ def _flaw(sample: Sample) -> str:
     height, width, _ = sample.image.shape
     if not MIN_SIDE <= min(height, width) <= max(height, width) <= MAX_SIDE:
         return f"an image of {width} x {height} pixels; servers take {MIN_SIDE} to {MAX_SIDE} on a side"
-    if len(sample.prompt) > MAX_PROMPT or not 0 < len(sample.id) <= MAX_ID:
-        return f"servers take ids of 1 to {MAX_ID} and prompts of at most {MAX_PROMPT} characters"
+    if len(sample.prompt) > MAX_PROMPT:
+        return f"servers take prompts of at most {MAX_PROMPT} characters"
     if not all(isinstance(value, str | int | float) for value in sample.meta.values()):
         return "metadata must be texts and numbers"
     try:
-        msgspec.msgpack.encode((sample.id, sample.prompt, dict(sample.meta)))
+        msgspec.msgpack.encode((sample.prompt, dict(sample.meta)))
     except (UnicodeEncodeError, OverflowError) as error:
         return f"its text or metadata cannot be sent: {error}"[:200]
     return ""

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 _LONGEST = 65536  # characters of an answer that are looked at
 
 #: A number that is followed by nothing that would change it. "45" is not 4; "4/10", "4,5", "3-4", "4 or 5" and "4 out
-#: of 5" are no 4 either; without the possessive ``++`` the group would give digits back until one of them fits.
+#: of 5" are no 4 either; without the possessive ``++`` the group would give digits back until one of them fits, and
+#: a run of blanks would take the square of its length.
 NUMBER = (
     r"([0-9]++(?:\.[0-9]++)?+)"
     r"(?![.,]?\w"  # more digits, an exponent, a unit
-    r"|[ \t]*[/%\u2044\uff0f^~\u00b1]|\s*out\s+of\b"  # a fraction, a share, an error
-    r"|\s*(?:[-:,;\u2010-\u2015\u2212]|to|or|of|and|x)?[ \t]*\(?(?:or[ \t]*)?[0-9]"  # a range, a second number
-    r"|[ \t]+and[ \t]+a[ \t]+half)"
+    r"|[ \t]*+[/%\u2044\uff0f^~\u00b1]|\s*+out\s++of\b"  # a fraction, a share, an error
+    r"|\s*+(?:[-:,;\u2010-\u2015\u2212]|to|or|of|and|x)?[ \t]*+\(?(?:or[ \t]*+)?[0-9]"  # a range, a second number
+    r"|[ \t]++and[ \t]++a[ \t]++half)"
 )
 
 

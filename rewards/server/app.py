@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from rewards.contract import ItemError, Reward, Sample
-from rewards.server.batcher import LATE, Batcher, Outcome
+from rewards.server.batcher import AWAY, LATE, Batcher, Outcome
 from rewards.server.compression import ENCODINGS, unfold
 from rewards.server.images import decode
 from rewards.server.limits import Limits
@@ -273,6 +273,9 @@ class RewardApp:
 
         Args:
             samples: filled with those that are given to the batcher.
+
+        Raises:
+            RefusalError: the reward cannot score anything now.
         """
         loop = asyncio.get_running_loop()
         decoded: list[Sample | Failure] = [LATE] * len(items)
@@ -280,9 +283,12 @@ class RewardApp:
             async with asyncio.timeout(deadline - time.monotonic()):
                 decoded = await asyncio.gather(*(loop.run_in_executor(self._decoders, _sample, item) for item in items))
         samples += [sample for sample in decoded if isinstance(sample, Sample)]
-        outcomes = iter(await self._batcher.score(samples, deadline)) if samples else iter(())
+        outcomes = await self._batcher.score(samples, deadline) if samples else []
+        if AWAY in outcomes:
+            raise RefusalError(503, AWAY.code, AWAY.message, retry_after=1.0)
+        scored = iter(outcomes)
         results = [
-            _result(item.id, next(outcomes) if isinstance(sample, Sample) else sample)
+            _result(item.id, next(scored) if isinstance(sample, Sample) else sample)
             for item, sample in zip(items, decoded, strict=True)
         ]
         for result in results:

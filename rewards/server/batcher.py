@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 _GIVE_UP = 70  # exit status: the supervisor should start a fresh process
 _LACKING = 2  # exit status: a library is missing, and will be again
 LATE = Failure("deadline", "not scored within the time asked for")
+AWAY = Failure("unavailable", "the reward cannot score now, and may later")
 
 
 @dataclass
@@ -187,8 +188,11 @@ class Batcher:
             return self._checked(samples, self._reward.score(samples))
         except Exception as error:  # noqa: BLE001 - whatever a plug-in raises is an answer to its client
             self._consider(error)
-            if len(samples) == 1 or isinstance(error, UnavailableError):
-                return [self._failure(error)] * len(samples)
+            if isinstance(error, UnavailableError):
+                _log.warning("the reward cannot score now: %s", error)
+                return [AWAY] * len(samples)
+            if len(samples) == 1:
+                return [self._failure(error)]
             part = 1
             if out_of_memory(error):
                 part = self._max_batch = len(samples) // 2

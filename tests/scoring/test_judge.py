@@ -245,6 +245,14 @@ def test_an_answer_that_cannot_be_read_is_a_missing_score(
     assert server.times("a cat") == 1, "it would say the same again"
 
 
+def test_an_answer_full_of_blanks_is_read_in_no_time() -> None:
+    """While an expression is matched no other thread of the process runs."""
+    started = time.monotonic()
+    for blanks in (" " * 20_000, "\n" * 20_000):
+        AnswerFormat({"score": r"Score:\s*{number}"}, (0.0, 9.0)).read(f"Score: 4{blanks}x")
+    assert time.monotonic() - started < 2
+
+
 def test_an_answer_that_was_cut_off_has_no_score(server: FakeServer, judge: Callable[..., UnifiedReward]) -> None:
     server.replies["a cat"] = [Reply("Final Score: 3", finish="length")]
     with pytest.raises(ItemError, match="max_tokens"):

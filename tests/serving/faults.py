@@ -104,11 +104,21 @@ def _each_score(value: Any) -> Callable[[Message], None]:
     return change
 
 
+_FIRST: Message = {}
+
+
+def _stale(answer: Message) -> None:
+    """The first answer that it was asked to spoil, once more, as a cache in between may send it."""
+    _FIRST.update(_FIRST or answer)
+    answer.update(_FIRST)
+
+
 EDITS: dict[str, Callable[[Message], Any]] = {
     "shuffle": lambda answer: random.shuffle(answer["results"]),
     "drop": lambda answer: answer["results"].pop(),
     "repeat": lambda answer: answer["results"].append(answer["results"][0]),
     "other id": lambda answer: answer["results"][0].update(id="other"),
+    "stale": _stale,
     "string": _each_score("high"),
     "nan": _each_score(float("nan")),
     "infinite": _each_score(float("inf")),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from rewards.contract import API_VERSION, ItemError, RewardInfo, Sample
+from rewards.contract import API_VERSION, ItemError, RewardInfo, Sample, UnavailableError
 
 
 class Ordered:
@@ -57,6 +57,8 @@ class Ordered:
             raise OutOfMemoryError("CUDA error: out of memory")
         if "poison" in prompts:
             raise RuntimeError("secret of the inside")
+        if "away" in prompts or any(prompt.startswith("away once") and _first(prompt) for prompt in prompts):
+            raise UnavailableError("secret of the inside")
         if "refuse" in prompts:
             raise ItemError("this prompt cannot be scored")
         if "stick" in prompts or any(prompt.startswith("stick once") and _first(prompt) for prompt in prompts):

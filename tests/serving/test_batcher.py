@@ -12,6 +12,8 @@ from rewards.contract import Sample
 from rewards.server.batcher import Batcher
 from rewards.server.limits import Limits
 from rewards.server.metrics import Metrics
+from rewards.shapes.reward import ShapesReward
+from rewards.wire import Failure
 from tests.serving.ordered import Greedy, Ordered
 
 
@@ -80,3 +82,14 @@ def test_what_a_failed_batch_took_is_free_when_its_half_is_scored() -> None:
     batcher = Batcher(Greedy(), device="cpu", limits=Limits(), metrics=Metrics())
     outcomes = batcher._score([Sample(str(n), "", np.full((16, 16, 3), n, np.uint8)) for n in range(16)])
     assert outcomes == [{"ordered": float(n)} for n in range(16)]
+
+
+def test_a_prompt_that_speaks_of_a_lost_gpu_ends_no_server() -> None:
+    """The reward repeats the prompt in its refusal."""
+    ends: list[int] = []
+    batcher = Batcher(ShapesReward(), device="cpu", limits=Limits(), metrics=Metrics(), give_up=ends.append)
+    image = np.zeros((32, 32, 3), np.uint8)
+    refused, scored = batcher._score([Sample("a", "CUDA error", image), Sample("b", "a red circle", image)])
+    assert isinstance(refused, Failure)
+    assert (refused.code, ends) == ("unsupported_item", [])
+    assert isinstance(scored, dict)

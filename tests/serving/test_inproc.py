@@ -103,6 +103,10 @@ def test_what_float32_cannot_hold_is_missing() -> None:
     ("wrong", "reason"),
     [
         (lambda batch: 1 / 0, "scorer_error: ZeroDivisionError: division by zero"),
+        (
+            lambda batch: float("CUDA error"),
+            "scorer_error: ValueError: could not convert string to float: 'CUDA error'",
+        ),
         (lambda batch: [], "scorer_error: RuntimeError: reward ordered gave 0 scores for 1 images"),
         (lambda batch: [{"other": 1.0}] * len(batch), "scorer_error: KeyError: 'ordered'"),
     ],

@@ -27,6 +27,8 @@ def test_the_rewards_that_need_no_download_score_as_recorded(tmp_path: Path, cap
     file = tmp_path / "recorded.json"
     assert cli.main(["verify", "shapes", "tiny_clip", "--file", str(file)]) == 0
     assert capsys.readouterr().out.count("as recorded in this package") == 2
+    assert verify.main(["shapes", "--file", str(file), "--record"]) == 0  # what comes with the package stays
+    assert "as recorded in this package" in capsys.readouterr().out
     assert not file.exists()
 
 
@@ -52,6 +54,7 @@ def test_what_is_unrecorded_is_said_recorded_and_compared_from_then_on(
     assert "toy: DIFFERENT from recorded in" in said
     assert said.count("  picture ") == 4
     assert verify.main(["toy", *own, "--record"]) == 0
+    assert "toy: recorded anew: [" in capsys.readouterr().out
     assert verify.main(["toy", *own]) == 0
 
 

@@ -133,7 +133,7 @@ def test_an_update_without_a_usable_sample_moves_nothing_and_is_not_counted(tmp_
 
 def _everything(trainer: Trainer) -> list[torch.Tensor]:
     state = [value for own in trainer._optimizer.state.values() for value in own.values()]
-    average = trainer._policy.average.state_dict().values()
+    average = trainer._policy.average.values()
     rate = [torch.tensor(trainer._rates.last_epoch), torch.tensor(trainer._updates)]
     return [torch.as_tensor(v).detach().clone() for v in [*trainer._policy.parameters, *state, *average, *rate]]
 

@@ -13,7 +13,9 @@ from adagrpo_train.scoring import connect
 from adagrpo_train.scoring.entry import RewardEntry
 from adagrpo_train.settings import group_options, read_settings
 from rewards import registry
+from rewards.client.inproc import InprocClient
 from rewards.contract import Sample
+from rewards.jpeg_size import JpegSize
 from tests.support import alone
 
 CHOSEN = {
@@ -94,6 +96,16 @@ def test_a_reward_that_hangs_in_process_is_given_up_after_its_own_deadline(monke
     rewards.close()
     assert np.isnan(batch.scores["ordered"]).all()
     assert "deadline_seconds=0.3" in (batch.reasons[0] or "")
+
+
+def test_servers_of_another_reward_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its metric has the same name, so that nothing else would tell."""
+    monkeypatch.setattr(connect, "_remote", lambda *_: InprocClient(JpegSize(), device="cpu"))
+    settings: dict[str, Any] = {"settings": {}, "weights": {"jpeg_size": 1.0}, "mode": "remote", "urls": ["http://h:1"]}
+    engine = Engine(kind="single", device="cpu")
+    connect.Rewards([RewardEntry(name="r", reward="jpeg_size", **settings)], engine=engine, log_dir=Path()).close()
+    with pytest.raises(ConfigError, match=r"reward\.r\.urls=.*h:1.*the reward served there is jpeg_size, not other"):
+        connect.Rewards([RewardEntry(name="r", reward="other", **settings)], engine=engine, log_dir=Path())
 
 
 def test_nobody_reads_the_password_of_an_address() -> None:

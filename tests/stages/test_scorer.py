@@ -1,6 +1,7 @@
 """Several rewards as one scorer: parts, totals, missing scores, and what happens when nobody answers."""
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar
@@ -101,6 +102,14 @@ def test_the_total_is_the_weighted_sum_of_all_rewards_and_parts_are_kept() -> No
         "c": [5.0, 3.0],
     }
     assert scores.missing == {"first": 0.0, "second": 0.0}
+
+
+def test_the_order_in_which_rewards_are_named_changes_no_bit_of_the_total() -> None:
+    """A run may be resumed with another one."""
+    parts = {name: torch.rand(100, generator=torch.Generator().manual_seed(n)) for n, name in enumerate("abc")}
+    pairs = [(entry("first", {"a": 0.3, "b": 0.7}), A), (entry("second", {"c": 1.1}), C)]
+    turned = [(entry("second", {"c": 1.1}), C), (entry("first", {"b": 0.7, "a": 0.3}), A)]
+    assert torch.equal(scorer(*pairs).total(parts), scorer(*turned).total(parts))
 
 
 def test_scores_keep_their_order_over_pieces() -> None:
@@ -389,6 +398,24 @@ def test_a_run_waits_no_longer_than_told() -> None:
         scorer((entry("first", on_unavailable="wait", wait_seconds=0.2), client)).score(images("x"), ["x"])
 
 
+def test_a_reward_that_says_it_is_ready_and_never_answers_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(collector, "_HEARTBEAT_SECONDS", 0.01)
+
+    class Late(Absent):
+        def submit(self, samples: Sequence[Sample]) -> Future[RewardBatch]:
+            assert self.waits < 20, "asked again and again"
+            future: Future[RewardBatch] = Future()
+            threading.Timer(0.05, future.set_exception, (self.error("no score in time"),)).start()
+            return future
+
+    client = Late(A, times=0)
+    with pytest.raises(RewardError, match=r"no score in time.*reward\.first\.wait_seconds higher"):
+        scorer((entry("first", on_unavailable="wait", wait_seconds=0.3), client)).score(images("x"), ["x"])
+    assert client.waits > 0
+
+
 @pytest.mark.parametrize("error", [RewardRefusedError, ZeroDivisionError])
 def test_what_waiting_cannot_mend_stops_the_run_at_once(error: type[Exception]) -> None:
     client = Absent(A, times=1, error=error)
@@ -442,6 +469,7 @@ def test_settings_that_cannot_work_are_refused(
         ({"max_bad_fraction": 1.0}, "max_bad_fraction=1.0"),
         ({"deadline_seconds": 0.0}, "deadline_seconds=0.0"),
         ({"deadline_seconds": math.inf}, "deadline_seconds=inf"),
+        ({"hedge_seconds": 1.0}, r"hedge_seconds=1\.0: .*mode=inproc"),
         ({"hedge_seconds": math.nan}, "hedge_seconds=nan"),
         ({"hedge_seconds": -1.0}, "hedge_seconds=-1.0"),
     ],
