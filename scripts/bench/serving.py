@@ -100,7 +100,7 @@ def pictures(side: int) -> list[Sample]:
 
 
 @contextmanager
-def sent_as(make: Callable[[Sample], WireItem]) -> Iterator[None]:
+def sent_as(make: Callable[[str, Sample], WireItem]) -> Iterator[None]:
     """The client sends raw pixels; here it may send something else."""
     remote._wire_item = make
     try:
@@ -109,11 +109,11 @@ def sent_as(make: Callable[[Sample], WireItem]) -> Iterator[None]:
         remote._wire_item = FORMATS["raw"]
 
 
-def png_item(sample: Sample) -> WireItem:
+def png_item(identity: str, sample: Sample) -> WireItem:
     file = io.BytesIO()
     Image.fromarray(sample.image).save(file, format="PNG")
     height, width, _ = sample.image.shape
-    return WireItem(sample.id, sample.prompt, WireImage("png", width, height, memoryview(file.getvalue())))
+    return WireItem(identity, sample.prompt, WireImage("png", width, height, memoryview(file.getvalue())))
 
 
 def cpu_seconds(pid: int) -> float:
@@ -122,7 +122,7 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-FORMATS: dict[str, Callable[[Sample], WireItem]] = {"raw": remote._wire_item, "png": png_item}
+FORMATS: dict[str, Callable[[str, Sample], WireItem]] = {"raw": remote._wire_item, "png": png_item}
 
 
 if __name__ == "__main__":

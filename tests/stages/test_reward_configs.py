@@ -102,7 +102,7 @@ def test_servers_of_another_reward_are_refused(monkeypatch: pytest.MonkeyPatch) 
     """Its metric has the same name, so that nothing else would tell."""
     monkeypatch.setattr(connect, "_remote", lambda *_: InprocClient(JpegSize(), device="cpu"))
     settings: dict[str, Any] = {"settings": {}, "weights": {"jpeg_size": 1.0}, "mode": "remote", "urls": ["http://h:1"]}
-    engine = Engine(kind="single", device="cpu")
+    engine = alone()
     connect.Rewards([RewardEntry(name="r", reward="jpeg_size", **settings)], engine=engine, log_dir=Path()).close()
     with pytest.raises(ConfigError, match=r"reward\.r\.urls=.*h:1.*the reward served there is jpeg_size, not other"):
         connect.Rewards([RewardEntry(name="r", reward="other", **settings)], engine=engine, log_dir=Path())
