@@ -2,7 +2,7 @@
 
 import os
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -245,7 +245,7 @@ def test_the_batches_counted_before_a_run_are_those_of_its_rollouts(
     prompts = trainer._prompts.next(2)
     conditions = parts.policy.encode(list(prompts.texts))
     rollout = parts.sampler.roll_out(parts.policy.velocity, conditions, prompts, None, 0)
-    assert parts.sampler.batches(2) == len(rollout.transitions)
+    assert parts.sampler.batch_sizes(2) == [len(batch.x) for batch in rollout.transitions]
 
 
 def test_an_embedding_does_not_depend_on_the_prompts_beside_it(tmp_path: Path) -> None:
@@ -268,6 +268,21 @@ def test_processes_must_hold_equally_many_batches_for_every_update(
     monkeypatch.setattr(type(engine), "world_size", 2)
     with pytest.raises(ConfigError, match=r"updates_per_iteration=2: with 2 processes the 5 batches"):
         trainer._check_counts()
+
+
+@pytest.mark.parametrize(("plan", "states"), [("every_step", "4 and of 2"), ("branch", "4 and of 1")])
+def test_batches_of_several_processes_must_fall_into_equally_many_parts(
+    plan: str, states: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update would visit another number of parts on each process, which then wait for each other for ever."""
+    settings = ["curriculum.chosen=2", "group_size=6", "micro_batch=4", f"plan={plan}", "iterations=1"]
+    settings += ["updates_per_iteration=2", "model.num_steps=6", *(["plan.at=[0,1,2,3,4]"] if plan == "branch" else [])]
+    trainer, _, engine = make_trainer(*settings, "update_micro_batch=2", run_dir=tmp_path)
+    monkeypatch.setattr(type(engine), "world_size", 2)
+    with pytest.raises(ConfigError, match=rf"update_micro_batch=2: with 2 processes .* batches of {states} states"):
+        trainer._check_counts()
+    trainer._visits = replace(trainer._visits, states=4)
+    trainer._check_counts()
 
 
 def test_a_prompt_that_the_reward_refuses_stops_the_run_with_its_text(tmp_path: Path) -> None:
