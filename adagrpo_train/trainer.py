@@ -514,7 +514,7 @@ class Trainer:
             raise ConfigError(
                 f"update_micro_batch={self._visits.states}: with {world} processes and {per_epoch} updates in an inner "
                 f"epoch, batches of {sizes[0]} and of {sizes[-1]} states must fall into equally many parts; set "
-                f"update_micro_batch={self._visits.rollout_states}, or a micro_batch that divides the states of a process"
+                f"update_micro_batch={self._visits.rollout_states}, or a micro_batch that divides the states of each"
             )
 
 

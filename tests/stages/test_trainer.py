@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR
 
 from adagrpo_train.algorithms.advantages import CrossLevel
@@ -283,6 +284,18 @@ def test_batches_of_several_processes_must_fall_into_equally_many_parts(
         trainer._check_counts()
     trainer._visits = replace(trainer._visits, states=4)
     trainer._check_counts()
+
+
+def test_whole_weights_are_put_together_in_the_memory_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each GPU holds a share of the weights, none has room for them all, let alone for their average as well."""
+    _, parts, _ = make_trainer(run_dir=tmp_path)
+    with FakeTensorMode():
+        gathered = torch.empty(1, device="cuda")
+    monkeypatch.setattr(parts.policy._weights, "whole", lambda values: (gathered for _ in values))
+    saved = [value for tensors in parts.policy.state_dict().values() for value in tensors.values()]
+    assert {value.device.type for value in [*saved, *parts.policy.exported().values()]} == {"cpu"}
 
 
 def test_a_prompt_that_the_reward_refuses_stops_the_run_with_its_text(tmp_path: Path) -> None:
