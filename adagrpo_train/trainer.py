@@ -494,7 +494,8 @@ class Trainer:
             count = getattr(self._curriculum, key)
             if count % world:
                 raise ConfigError(f"curriculum.{key}={count} must be a multiple of the {world} processes")
-        batches = self._sampler.batches(self._curriculum.chosen // world)
+        sizes = self._sampler.batch_sizes(self._curriculum.chosen // world)
+        batches = len(sizes)
         per_epoch = self._schedule.updates_per_iteration // self._schedule.inner_epochs
         if batches < per_epoch:
             raise ConfigError(
@@ -506,6 +507,14 @@ class Trainer:
                 f"updates_per_iteration={self._schedule.updates_per_iteration}: with {world} processes the {batches} "
                 f"batches of each must be a multiple of the {per_epoch} updates of an inner epoch, or processes would "
                 "differ in how much they compute; change micro_batch or updates_per_iteration"
+            )
+        # Which batch goes to which update is drawn for each process: with other numbers of parts they would wait for
+        # each other's gradients, or weights, for ever.
+        if world > 1 and per_epoch > 1 and len({self._visits.parts(size) for size in sizes}) > 1:
+            raise ConfigError(
+                f"update_micro_batch={self._visits.states}: with {world} processes and {per_epoch} updates in an inner "
+                f"epoch, batches of {sizes[0]} and of {sizes[-1]} states must fall into equally many parts; set "
+                f"update_micro_batch={self._visits.rollout_states}, or a micro_batch that divides the states of each"
             )
 
 

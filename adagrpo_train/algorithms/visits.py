@@ -51,6 +51,10 @@ class Visits:
         """Whether the log-probabilities of the rollout are those of the update bit for bit."""
         return self.same_program and self.states == self.rollout_states
 
+    def parts(self, states: int) -> int:
+        """Network calls for a batch of so many states."""
+        return -(-states // self.states)
+
     def of(
         self, batches: list[Transitions], iteration: int, number: int, log_prob: Callable[[Transitions], Tensor]
     ) -> list[list[Transitions]]:

@@ -76,12 +76,12 @@ class FlowSampler:
         """Noisy and trained steps of an iteration, the same on every rank."""
         return self._plan.steps(iteration, self.num_steps, self._seed)
 
-    def batches(self, prompts: int) -> int:
-        """Network batches of one rollout of `prompts` prompts: the finest split into optimizer steps."""
+    def batch_sizes(self, prompts: int) -> list[int]:
+        """States of each network batch of one rollout of `prompts` prompts: the finest split into optimizer steps."""
         trained = len(self.steps(0).trained)
-        if self._plan.branches:
-            return -(-prompts * trained // self._micro_batch)
-        return -(-prompts * self._group_size // self._micro_batch) * trained
+        states, times = (prompts * trained, 1) if self._plan.branches else (prompts * self._group_size, trained)
+        starts = range(0, states, self._micro_batch)
+        return [min(self._micro_batch, states - start) for start in starts for _ in range(times)]
 
     @torch.no_grad()
     def trunks(self, velocity: Velocity, conditions: Conditions, prompts: Prompts, iteration: int) -> Trunks:

@@ -58,10 +58,11 @@ def forget_launch() -> None:
     """Take away what accelerate's launcher passes on to its library: the settings of the run decide.
 
     ACCELERATE_USE_CPU would turn DeepSpeed into plain data parallelism without a word; the accumulation of an old
-    `accelerate config` would change the arithmetic.
+    `accelerate config` would change the arithmetic, and its `dynamo_backend` would compile the network behind
+    network.compile's back.
     """
     for name in list(os.environ):
-        if name in _PASSED_ON or name.startswith("ACCELERATE_DEEPSPEED_"):
+        if name in _PASSED_ON or name.startswith(("ACCELERATE_DEEPSPEED_", "ACCELERATE_DYNAMO_")):
             del os.environ[name]
 
 

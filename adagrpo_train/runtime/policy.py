@@ -88,7 +88,7 @@ class Policy:
             return self._model.velocity(self._model.transformer, x, sigma, conditions)
 
     def exported(self) -> dict[str, Tensor]:
-        """The present trained weights by name, whole; every rank asks, the main one has them."""
+        """The present trained weights by name, whole, on the host; every rank asks, the main one has them."""
         return dict(zip(self._names, self._whole(self._weights.local()), strict=self._engine.is_main))
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -97,7 +97,10 @@ class Policy:
             self._trainable.export(folder)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The trained weights and their average, whole, by position; every rank asks, the main one has them."""
+        """The trained weights and their average, whole, on the host, by position.
+
+        Every rank asks, the main one has them.
+        """
         sets = {"trainable": self._weights.local(), "average": self.average.values()}
         return {name: {str(i): value for i, value in enumerate(self._whole(values))} for name, values in sets.items()}
 
@@ -115,8 +118,9 @@ class Policy:
             self.average.load(average)
 
     def _whole(self, values: list[Tensor]) -> list[Tensor]:
+        # One after the other into the host's memory: a GPU that holds a share has no room for the whole network.
         whole = self._weights.whole(values)
-        return [value for value in whole if self._engine.is_main]
+        return [value.cpu() for value in whole if self._engine.is_main]
 
     def _count(self, kind: str, x: Tensor) -> None:
         self.evaluations[kind] += len(x) * self._model.evaluations_per_velocity

@@ -177,7 +177,7 @@ def test_a_preset_builds_its_trainer_at_the_real_size(name: str, own_pipelines: 
     for key in ("candidates", "chosen"):
         assert getattr(trainer._curriculum, key) % PROCESSES.get(name, 8) == 0
     share = trainer._curriculum.chosen // PROCESSES.get(name, 8)
-    assert parts.sampler.batches(share) % settings.values["updates_per_iteration"] == 0
+    assert len(parts.sampler.batch_sizes(share)) % settings.values["updates_per_iteration"] == 0
     full = settings.values["trainable"]["_target_"].endswith("Full")
     weights = sum(parameter.numel() for parameter in parts.policy.parameters)
     assert weights == (11_901_408_320 if full else 18_776_064)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
+from torch import nn
 
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.runtime.deepspeed import ZeroEngine
@@ -15,6 +17,7 @@ from adagrpo_train.runtime.fsdp import ShardedEngine
 from adagrpo_train.runtime.launch import check_launch
 from adagrpo_train.runtime.replicated import ReplicatedEngine
 from adagrpo_train.settings import config_dir, group_options, read_settings
+from tests.support import alone
 
 ROOT = Path(__file__).parents[2]
 ENGINES = [name for name in group_options()["engine"] if name != "single"]
@@ -48,6 +51,14 @@ def test_a_launch_file_of_another_engine_is_refused(
         return
     with pytest.raises(ConfigError, match=rf"engine={engine}, but accelerate .* launch {launched}; .*\.yaml"):
         check_launch(engine)
+
+
+def test_a_launch_configuration_does_not_compile_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is compiled is network.compile's: what log-probabilities the ratios use depends on it."""
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    network = nn.Linear(1, 1)
+    assert alone().prepare(network, None) is network
 
 
 def test_offload_has_to_agree_and_a_file_of_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

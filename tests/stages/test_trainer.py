@@ -2,11 +2,12 @@
 
 import os
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR
 
 from adagrpo_train.algorithms.advantages import CrossLevel
@@ -245,7 +246,7 @@ def test_the_batches_counted_before_a_run_are_those_of_its_rollouts(
     prompts = trainer._prompts.next(2)
     conditions = parts.policy.encode(list(prompts.texts))
     rollout = parts.sampler.roll_out(parts.policy.velocity, conditions, prompts, None, 0)
-    assert parts.sampler.batches(2) == len(rollout.transitions)
+    assert parts.sampler.batch_sizes(2) == [len(batch.x) for batch in rollout.transitions]
 
 
 def test_an_embedding_does_not_depend_on_the_prompts_beside_it(tmp_path: Path) -> None:
@@ -268,6 +269,33 @@ def test_processes_must_hold_equally_many_batches_for_every_update(
     monkeypatch.setattr(type(engine), "world_size", 2)
     with pytest.raises(ConfigError, match=r"updates_per_iteration=2: with 2 processes the 5 batches"):
         trainer._check_counts()
+
+
+@pytest.mark.parametrize(("plan", "states"), [("every_step", "4 and of 2"), ("branch", "4 and of 1")])
+def test_batches_of_several_processes_must_fall_into_equally_many_parts(
+    plan: str, states: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update would visit another number of parts on each process, which then wait for each other for ever."""
+    settings = ["curriculum.chosen=2", "group_size=6", "micro_batch=4", f"plan={plan}", "iterations=1"]
+    settings += ["updates_per_iteration=2", "model.num_steps=6", *(["plan.at=[0,1,2,3,4]"] if plan == "branch" else [])]
+    trainer, _, engine = make_trainer(*settings, "update_micro_batch=2", run_dir=tmp_path)
+    monkeypatch.setattr(type(engine), "world_size", 2)
+    with pytest.raises(ConfigError, match=rf"update_micro_batch=2: with 2 processes .* batches of {states} states"):
+        trainer._check_counts()
+    trainer._visits = replace(trainer._visits, states=4)
+    trainer._check_counts()
+
+
+def test_whole_weights_are_put_together_in_the_memory_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each GPU holds a share of the weights, none has room for them all, let alone for their average as well."""
+    _, parts, _ = make_trainer(run_dir=tmp_path)
+    with FakeTensorMode():
+        gathered = torch.empty(1, device="cuda")
+    monkeypatch.setattr(parts.policy._weights, "whole", lambda values: (gathered for _ in values))
+    saved = [value for tensors in parts.policy.state_dict().values() for value in tensors.values()]
+    assert {value.device.type for value in [*saved, *parts.policy.exported().values()]} == {"cpu"}
 
 
 def test_a_prompt_that_the_reward_refuses_stops_the_run_with_its_text(tmp_path: Path) -> None:
