@@ -1,4 +1,4 @@
-"""What a model config sets where nobody says otherwise is what its source says, and each value has a source beside it."""
+"""A model config sets what its source says where nobody says otherwise, and each value has its source beside it."""
 
 import re
 from typing import Any
