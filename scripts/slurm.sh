@@ -3,10 +3,10 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=TERM@600
 # A training run as a SLURM job, one launcher per machine. Submit it from the repository:
-#   sbatch --nodes 2 --gpus-per-node 8 --time 24:00:00 scripts/slurm.sh engine=zero2 adagrpo=on
+#   sbatch --nodes 2 --gpus-per-node 8 --time 24:00:00 scripts/slurm.sh experiment=flow_grpo_sd35
 #
 # Ten minutes before its time is over the job is asked to stop: it finishes the iteration and saves, and
-#   sbatch ... scripts/slurm.sh engine=zero2 adagrpo=on resume=RUN
+#   sbatch ... scripts/slurm.sh experiment=flow_grpo_sd35 resume=RUN
 # goes on from there. A machine whose launcher fails ends the job. The repository, .venv included, and all files of the
 # run must be on a file system that the machines share.
 set -euo pipefail

@@ -9,7 +9,7 @@
 #   --processes K    processes on this machine (default: one per NVIDIA GPU, one without any)
 #
 # On each of two machines with 8 GPUs:
-#   scripts/torchrun.sh --nodes 2 --first node0 engine=zero2 adagrpo=on
+#   scripts/torchrun.sh --nodes 2 --first node0 experiment=flow_grpo_sd35
 # Files of the model, prompts and checkpoints must be at the same place on every machine; only the first process writes.
 # On SIGTERM processes have 10 minutes to finish their iteration and save (TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
 set -euo pipefail

@@ -148,6 +148,17 @@ def test_a_preset_holds_the_published_numbers(name: str) -> None:
         assert build._entry(reward, section).name == reward
 
 
+@pytest.mark.parametrize("name", ["flow_grpo_sd35", "flow_cps_sd35", "dance_grpo_flux"])
+def test_adagrpo_is_laid_over_a_preset_of_a_base_algorithm(name: str) -> None:
+    """A preset that chose curriculum and advantage by itself would win, and adagrpo=on would do nothing."""
+    plain = read_settings([f"experiment={name}"]).values
+    laid = read_settings([f"experiment={name}", "adagrpo=on", f"curriculum.candidates={2 * 48}"])
+    assert (laid.choices["curriculum"], laid.choices["advantage"]) == ("boundary", "cross_level")
+    for key in ("std", "unbiased", "eps", "limit"):
+        assert laid.values["advantage"][key] == plain["advantage"][key]
+    assert laid.values["curriculum"]["chosen"] == plain["curriculum"]["chosen"]
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_command_in_the_header_launches_the_engine_of_the_preset(name: str) -> None:
     header = (config_dir() / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
