@@ -128,7 +128,7 @@ class Forks:
         return [process.pid for process in self._processes if process.pid]
 
     def wait(self, seconds: float = 600) -> list[int]:
-        """Exit statuses, minus the signal of a process that one ended."""
+        """Exit statuses, minus the signal of a process that one ended. Nothing runs any more afterwards."""
         deadline = time.monotonic() + seconds
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -144,7 +144,10 @@ class Forks:
 
     def said(self) -> tuple[str, str]:
         """What all of them have written to stdout, and to stderr."""
-        return tuple("".join(Path(pair[i].name).read_text() for pair in self._output) for i in (0, 1))  # type: ignore
+        out, error = (
+            "".join(Path(file.name).read_text() for file in files) for files in zip(*self._output, strict=True)
+        )
+        return out, error
 
 
 def begin(
@@ -178,6 +181,7 @@ def begin(
 
 
 def _context() -> Any:
+    """What makes processes of the one that has imported everything, which starts now if it has not yet."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
     quiet = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}  # as the command says before it imports
