@@ -1,6 +1,5 @@
 """Whole runs from the shell: folders, resume, signals, several processes, stock diffusers."""
 
-import json
 import os
 import shutil
 import signal
@@ -188,29 +187,6 @@ def test_a_changed_configuration_is_not_continued(run_dir: Path) -> None:
     assert "seed: 0 -> 7" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [["trainable=lora"], ["trainable=full", "plan=branch", "algorithm.objective.kl_weight=0.1", "optimizer.lr=1e-4"]],
-    ids=["lora", "full, branches, kl"],
-)
-def test_two_processes_give_the_result_of_one(overrides: list[str], tmp_path: Path) -> None:
-    """Same prompts, noise, rewards and level; weights to the rounding of differently ordered sums."""
-    for processes in (1, 2):
-        succeed("iterations=2", *overrides, f"hydra.run.dir={tmp_path / str(processes)}", processes=processes)
-    one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
-    for alone, shared in zip(_prompts(tmp_path / "1"), _prompts(tmp_path / "2"), strict=True):
-        # A level may count a pixel that rounding put between two of its 256 values.
-        rounding = {key: pytest.approx(alone[key], rel=1e-4, abs=1e-5) for key in ("score", "level")}
-        assert shared == (alone if alone["iteration"] == 1 else alone | rounding)
-    for first, second in zip(one, two, strict=True):
-        for key in {"reward/mean", "curriculum/level", "curriculum/level_std", "eval/total"} & first.keys():
-            assert first[key] == pytest.approx(second[key], rel=1e-4, abs=1e-5), key
-    ours, theirs = weights(tmp_path / "1")["trainable"], weights(tmp_path / "2")["trainable"]
-    difference = torch.cat([(value - theirs[key]).flatten() for key, value in ours.items()]).norm()
-    scale = torch.cat([value.flatten() for value in ours.values()]).norm()
-    assert float(difference / scale) < 1e-3
-
-
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_stock_diffusers_loads_the_export_and_draws_the_same_image(
     trainable: str, finished: Path, tmp_path: Path
@@ -256,10 +232,6 @@ def test_evaluation_is_a_command_of_its_own(finished: Path, tmp_path: Path) -> N
     assert printed["eval/smooth"] == pytest.approx(last["eval/smooth"], abs=1e-4)
     assert printed["eval/jpeg_size"] < 0  # held out, and not of the run
     assert (tmp_path / "eval/evaluation.png").is_file()
-
-
-def _prompts(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "prompts.jsonl").read_text().splitlines()]
 
 
 def _exported(run_dir: Path) -> dict[str, bytes]:
