@@ -15,7 +15,9 @@ export WANDB_MODE=offline
 fast_only=false
 paths_given=false
 cores=$(getconf _NPROCESSORS_ONLN)
-options=(-n "$((cores < 4 ? cores : 4))") # a worker holds 0.5 GB; -n among the arguments comes later and counts
+# A worker holds 0.5 GB; -n among the arguments comes later and counts. Neighbouring tests share what they start, and so
+# each worker gets one stretch of them, and then helps the slowest.
+options=(-n "$((cores < 4 ? cores : 4))" --dist worksteal)
 for argument in "$@"; do
   if [[ $argument == --fast ]]; then fast_only=true; else options+=("$argument"); fi
   if [[ -e ${argument%%::*} ]]; then paths_given=true; fi

@@ -1,7 +1,6 @@
 """Runs with several rewards, in process and behind servers of their own, disturbed and undisturbed."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,14 +10,26 @@ import pytest
 import torch
 
 from adagrpo_train.runtime import checkpoint
-from tests.system.test_runs import ROOT, command, environment, rows, run, succeed, wait_for, weights
+from tests.runs import (
+    ROOT,
+    Strike,
+    begin,
+    end_servers,
+    environment,
+    rows,
+    run,
+    servers_of,
+    succeed,
+    wait_for,
+    weights,
+)
 
 pytestmark = pytest.mark.slow
 
 BOTH = ["reward=[shapes,jpeg_size]", "reward.jpeg_size.mode=local"]
 MOODY = '''
 import os
-from rewards.client.batch import RewardUnavailableError
+from rewards.contract import LostError, UnavailableError
 from rewards.jpeg_size import JpegSize
 
 class Moody(JpegSize):
@@ -30,16 +41,17 @@ class Moody(JpegSize):
         self._calls += 1
         first, last, error = os.environ.get("MOODY", "0 0 away").split()
         if os.environ.get("RANK") == "1" and int(first) <= self._calls <= int(last):
-            raise {"away": RewardUnavailableError, "broken": ZeroDivisionError}[error]("moody today")
+            raise {"away": UnavailableError, "lost": LostError}[error]("moody today")
         return super().score(batch)
 '''
 CUSTOM = ["reward=[shapes,custom]", "reward.custom.reward=moody", "reward.custom.weights.jpeg_size=0.1"]
+CUSTOM += ["iterations=3", "checkpoint.every=0"]
 
 
-@pytest.fixture
-def moody(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def moody(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Variables of a process that has a package installed which announces the reward `moody`."""
-    folder = tmp_path / "plugin"
+    folder = tmp_path_factory.mktemp("plugin")
     metadata = folder / "moody-1.0.dist-info"
     metadata.mkdir(parents=True)
     (folder / "moody_reward.py").write_text(MOODY)
@@ -48,18 +60,12 @@ def moody(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
 
 
-def processes_of(text: str) -> list[int]:
-    """Processes whose command line holds a text."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            if text in line:
-                found.append(int(entry.name))
-    return found
+@pytest.fixture(scope="module")
+def calm(moody: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two processes whose reward `moody` always answered."""
+    run_dir = tmp_path_factory.mktemp("calm") / "run"
+    succeed(*CUSTOM, f"hydra.run.dir={run_dir}", processes=2, variables=moody)
+    return run_dir
 
 
 def same_weights(first: Path, second: Path) -> bool:
@@ -87,34 +93,25 @@ def elsewhere() -> list[str]:
 
 @pytest.mark.parametrize("reward", ["jpeg_size", "tiny_clip"])
 def test_a_server_killed_in_the_middle_changes_nothing_and_none_is_left_behind(reward: str, tmp_path: Path) -> None:
-    settings = [*(BOTH if reward == "jpeg_size" else elsewhere()), "iterations=6"]
+    settings = [*(BOTH if reward == "jpeg_size" else elsewhere()), "iterations=3"]
     succeed(*settings, f"hydra.run.dir={tmp_path / 'calm'}")
-    process = subprocess.Popen(command(*settings, f"hydra.run.dir={tmp_path / 'hit'}"), env=environment(), cwd=ROOT)
-    try:
-        wait_for(lambda: (tmp_path / "hit" / "metrics.jsonl").exists() and len(rows(tmp_path / "hit")) > 2)
-        servers = [pid for pid in processes_of(f"rewards.serve {reward}") if _parent(pid) == process.pid]
-        assert servers
-        for pid in servers:
-            os.kill(pid, signal.SIGKILL)
-        assert process.wait(timeout=300) == 0
-    finally:
-        process.kill()
+    mark = {"TEST_OF_SERVERS": str(tmp_path)}
+    in_the_second = Strike("_roll_out", 2, end_servers)
+    succeed(*settings, f"hydra.run.dir={tmp_path / 'hit'}", variables=mark, strike=in_the_second)
     assert any(row.get(f"reward/{reward}/retries") for row in rows(tmp_path / "hit"))
     assert same_weights(tmp_path / "calm", tmp_path / "hit")
     assert without_traffic(tmp_path / "calm") == without_traffic(tmp_path / "hit")
-    assert not processes_of(f"rewards.serve {reward}")
+    assert not servers_of(str(tmp_path))
 
 
 def test_a_killed_run_leaves_no_server_behind(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command(*BOTH, "iterations=500", f"hydra.run.dir={tmp_path / 'run'}"), env=environment(), cwd=ROOT
-    )
+    mark = {"TEST_OF_SERVERS": str(tmp_path)}
+    forks = begin(*BOTH, "iterations=500", f"hydra.run.dir={tmp_path / 'run'}", variables=mark)
     try:
-        wait_for(lambda: bool(processes_of("rewards.serve jpeg_size")))
+        wait_for(lambda: bool(servers_of(str(tmp_path))))
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    wait_for(lambda: not processes_of("rewards.serve jpeg_size"))
+        forks.kill()
+    wait_for(lambda: not servers_of(str(tmp_path)))
 
 
 def test_a_reward_trains_alike_in_process_and_behind_servers_of_the_run_and_elsewhere(tmp_path: Path) -> None:
@@ -138,29 +135,28 @@ def test_a_reward_trains_alike_in_process_and_behind_servers_of_the_run_and_else
     assert same_weights(tmp_path / "inproc", tmp_path / "remote")
 
 
-def test_both_ranks_wait_for_a_reward_that_one_of_them_misses(tmp_path: Path, moody: dict[str, str]) -> None:
+def test_both_ranks_wait_for_a_reward_that_one_of_them_misses(
+    calm: Path, tmp_path: Path, moody: dict[str, str]
+) -> None:
     settings = [*CUSTOM, "reward.custom.on_unavailable=wait"]
-    succeed(*settings, f"hydra.run.dir={tmp_path / 'calm'}", processes=2, variables=moody)
     hit = moody | {"MOODY": "4 5 away"}
     output = succeed(*settings, f"hydra.run.dir={tmp_path / 'hit'}", processes=2, variables=hit)
-    assert "reward custom: moody today; waiting for it" in output
-    assert same_weights(tmp_path / "calm", tmp_path / "hit")
+    assert "reward custom: reward jpeg_size: moody today; waiting for it" in output
+    assert same_weights(calm, tmp_path / "hit")
 
 
-@pytest.mark.parametrize("error", ["away", "broken"])
+@pytest.mark.parametrize("error", ["away", "lost"])
 def test_both_ranks_stop_with_a_checkpoint_when_one_of_them_loses_a_reward(
-    error: str, tmp_path: Path, moody: dict[str, str]
+    error: str, calm: Path, tmp_path: Path, moody: dict[str, str]
 ) -> None:
     """What is saved is the state before the iteration: the resumed run equals an undisturbed one."""
-    settings = [*CUSTOM, "iterations=3", "checkpoint.every=0"]
-    succeed(*settings, f"hydra.run.dir={tmp_path / 'calm'}", processes=2, variables=moody)
     hit = moody | {"MOODY": f"5 5 {error}"}
-    done = run(*settings, f"hydra.run.dir={tmp_path / 'hit'}", processes=2, variables=hit)
+    done = run(*CUSTOM, f"hydra.run.dir={tmp_path / 'hit'}", processes=2, variables=hit)
     assert done.returncode != 0
-    assert done.stderr.count("error: reward custom: moody today") == 1
+    assert done.stderr.count("error: reward custom: ") == done.stderr.count("moody today") == 1, done.stderr
     assert checkpoint.find(tmp_path / "hit").name != "iteration_000000"
-    succeed(*settings, f"resume={tmp_path / 'hit'}", processes=2, variables=moody)
-    assert same_weights(tmp_path / "calm", tmp_path / "hit")
+    succeed(*CUSTOM, f"resume={tmp_path / 'hit'}", processes=2, variables=moody)
+    assert same_weights(calm, tmp_path / "hit")
 
 
 def test_a_server_that_cannot_start_is_told_with_its_own_words(tmp_path: Path) -> None:
@@ -168,7 +164,3 @@ def test_a_server_that_cannot_start_is_told_with_its_own_words(tmp_path: Path) -
     done = run("reward=jpeg_size", "reward.jpeg_size.mode=local", f"reward.jpeg_size.python={missing}")
     assert done.returncode == 2
     assert str(missing) in done.stderr
-
-
-def _parent(pid: int) -> int:
-    return int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
