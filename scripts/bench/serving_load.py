@@ -188,7 +188,7 @@ def ask(urls: list[str], token: str, case: Overload, requests: int) -> int:
     settings = RemoteSettings(chunk_images=case.chunk, chunk_bytes=64 * MIB)
     picture = serving.FORMATS[case.fmt](
         "0", samples[0]
-    ).image  # made once: the server is to be kept busy, not its clients
+    ).image  # once: to keep the server busy
     with serving.sent_as(lambda identity, sample: WireItem(identity, sample.prompt, picture)):
         client = RemoteClient(urls, token=token, settings=settings)
         batch = client.submit(samples).result()
