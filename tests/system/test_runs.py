@@ -96,7 +96,7 @@ def test_a_stop_signal_saves_and_exits_cleanly(number: signal.Signals, tmp_path:
 
 def test_two_processes_stop_cleanly_and_resume_bit_for_bit(tmp_path: Path) -> None:
     settings = ["iterations=400", "checkpoint.every=0", "evaluation.every=0"]
-    settings += ["update_micro_batch=2", "updates_per_iteration=2"]  # an update in parts, evaluated before it
+    settings += ["update_micro_batch=2", "updates_per_iteration=5"]  # parts of batches, later ones evaluated before
     stopped = tmp_path / "stopped"
     launcher = subprocess.Popen(
         command(*settings, f"hydra.run.dir={stopped}", processes=2), env=environment(), cwd=ROOT
