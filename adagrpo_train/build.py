@@ -157,59 +157,67 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         raise ConfigError(
             f"curriculum.candidates={curriculum.candidates}: prompts.path holds only {len(prompts)} prompts"
         )
-    schedule = Schedule(
-        iterations=values["iterations"],
-        inner_epochs=values["inner_epochs"],
-        updates_per_iteration=values["updates_per_iteration"],
-        max_grad_norm=values["max_grad_norm"],
-        evaluate_every=values["evaluation"]["every"],
-        save_every=values["checkpoint"]["every"],
-        max_skipped=values["scoring"]["max_skipped"],
-    )
-    visits = Visits(
-        inner_epochs=values["inner_epochs"],
-        updates=values["updates_per_iteration"],
-        states=values["update_micro_batch"],
-        rollout_states=values["micro_batch"],
-        same_program=not values["network"]["compile"],
-        seed=values["seed"],
-    )
-    advantage = _make(values["advantage"], "advantage")
-    objective = _make(values["algorithm"]["objective"], "algorithm.objective")
+    choices = _choices(values)
     parts = make_parts(settings, engine, run_dir, training=True)
     assert parts.optimizer is not None
-    trainer = Trainer(
-        prompts=prompts,
-        curriculum=curriculum,
-        sampler=parts.sampler,
-        scorer=parts.scorer,
-        advantage=advantage,
-        objective=objective,
-        policy=parts.policy,
-        optimizer=parts.optimizer,
-        rates=_rates(parts.optimizer, values),
-        evaluator=parts.evaluator,
-        checkpoints=Checkpoints(run_dir / "checkpoints", keep=values["checkpoint"]["keep"]),
-        engine=engine,
-        stop=parts.stop,
-        schedule=schedule,
-        visits=visits,
-        run_dir=run_dir,
-        config=values,
-        inputs=inputs_of(settings),
-    )
-    if snapshot:
-        check_same_rewards(settings, parts.scorer, snapshot)
-        trainer.restore(snapshot)
-    done = snapshot.iteration if snapshot else 0
-    drawn = _upcoming(prompts, curriculum.candidates, values["iterations"] - done)
-    parts.encoder.prepare(chain(parts.evaluator.texts, drawn))
-    parts.computation.prepare_training(
-        lambda: parts.policy.encode([parts.evaluator.texts[0]]),
-        values["update_micro_batch"],
-        lambda said: any(engine.gather_objects(said)),
-    )
+    try:
+        trainer = Trainer(
+            prompts=prompts,
+            curriculum=curriculum,
+            sampler=parts.sampler,
+            scorer=parts.scorer,
+            policy=parts.policy,
+            optimizer=parts.optimizer,
+            rates=_rates(parts.optimizer, values),
+            evaluator=parts.evaluator,
+            checkpoints=Checkpoints(run_dir / "checkpoints", keep=values["checkpoint"]["keep"]),
+            engine=engine,
+            stop=parts.stop,
+            run_dir=run_dir,
+            config=values,
+            inputs=inputs_of(settings),
+            **choices,
+        )
+        if snapshot:
+            check_same_rewards(settings, parts.scorer, snapshot)
+            trainer.restore(snapshot)
+        done = snapshot.iteration if snapshot else 0
+        drawn = _upcoming(prompts, curriculum.candidates, values["iterations"] - done)
+        parts.encoder.prepare(chain(parts.evaluator.texts, drawn))
+        parts.computation.prepare_training(
+            lambda: parts.policy.encode([parts.evaluator.texts[0]]),
+            values["update_micro_batch"],
+            lambda said: any(engine.gather_objects(said)),
+        )
+    except BaseException:
+        parts.rewards.close()
+        raise
     return trainer, parts
+
+
+def _choices(values: dict[str, Any]) -> dict[str, Any]:
+    """Parts of a trainer that need no model: mistakes in them are found before one is loaded."""
+    return {
+        "advantage": _make(values["advantage"], "advantage"),
+        "objective": _make(values["algorithm"]["objective"], "algorithm.objective"),
+        "schedule": Schedule(
+            iterations=values["iterations"],
+            inner_epochs=values["inner_epochs"],
+            updates_per_iteration=values["updates_per_iteration"],
+            max_grad_norm=values["max_grad_norm"],
+            evaluate_every=values["evaluation"]["every"],
+            save_every=values["checkpoint"]["every"],
+            max_skipped=values["scoring"]["max_skipped"],
+        ),
+        "visits": Visits(
+            inner_epochs=values["inner_epochs"],
+            updates=values["updates_per_iteration"],
+            states=values["update_micro_batch"],
+            rollout_states=values["micro_batch"],
+            same_program=not values["network"]["compile"],
+            seed=values["seed"],
+        ),
+    }
 
 
 def open_snapshot(settings: Settings, engine: Engine) -> Snapshot | None:

@@ -21,6 +21,7 @@ from adagrpo_train.runtime.figures import Figures
 from adagrpo_train.runtime.policy import Policy
 from adagrpo_train.runtime.stopping import StopRequest
 from adagrpo_train.runtime.timing import StageTimer, peak_memory_bytes
+from adagrpo_train.runtime.transfer import to_device
 from adagrpo_train.scoring.collector import Collector
 from adagrpo_train.scoring.figures import sample_figures
 from adagrpo_train.scoring.scorer import Scorer
@@ -344,7 +345,7 @@ class Trainer:
         return figures.reduced(self._engine) | {"policy/updates": float(self._engine.optimizer_steps - before)}
 
     def _log_prob(self, batch: Transitions, conditions: Conditions) -> Tensor:
-        rows = batch.prompt.to(self._engine.device)
+        rows = to_device(batch.prompt, self._engine.device)
         with self._engine.micro_step(self._policy.network, last=False):
             return self._objective.log_prob(self._policy, batch, conditions[rows], self._sampler.sigma_max)
 
@@ -371,7 +372,7 @@ class Trainer:
             # Nothing usable: the batch still takes part, with weight 0, since other ranks wait for its gradients.
             weight = len(kept.sample) / total
             kept = kept if weight else batch
-            rows, own = batch.prompt.to(self._engine.device), advantages[kept.sample].to(self._engine.device)
+            rows, own = (to_device(each, self._engine.device) for each in (batch.prompt, advantages[kept.sample]))
             with self._engine.micro_step(self._policy.network, last=number == len(batches) - 1):
                 loss = self._objective.loss(self._policy, kept, conditions[rows], own, self._sampler.sigma_max)
                 self._engine.backward(loss.value * weight)

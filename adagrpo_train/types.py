@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -88,10 +89,10 @@ class Transitions:
     x: Tensor  # [R, *latent]
     sigma: Tensor  # [R] float32
     sigma_next: Tensor  # [R] float32
-    prompt: Tensor  # [R] int64, row of the chosen prompts
+    prompt: Tensor  # [R] int64 on the host, row of the chosen prompts
     x_next: Tensor  # [M, *latent], rounded to the dtype of the network
-    state: Tensor  # [M] int64, row of x that the transition starts from
-    sample: Tensor  # [M] int64, row of Rollout.x0 whose reward the transition earned
+    state: Tensor  # [M] int64 on the host, ascending: row of x that the transition starts from
+    sample: Tensor  # [M] int64 on the host, row of Rollout.x0 whose reward the transition earned
     log_prob: Tensor | None  # [M] float32 under the policy that drew x_next; None: the present policy is that one
     rollout_log_prob: Tensor  # [M] float32, the same as the rollout computed it
 
@@ -103,8 +104,7 @@ class Transitions:
 
     def _part(self, first: int, end: int) -> "Transitions":
         states = slice(first, end)
-        kept = (self.state >= first) & (self.state < end)
-        here = kept.to(self.sample.device)
+        kept = slice(*torch.searchsorted(self.state, torch.tensor([first, end])).tolist())
         return Transitions(
             self.x[states],
             self.sigma[states],
@@ -112,19 +112,24 @@ class Transitions:
             self.prompt[states],
             self.x_next[kept],
             self.state[kept] - first,
-            self.sample[here],
+            self.sample[kept],
             None if self.log_prob is None else self.log_prob[kept],
             self.rollout_log_prob[kept],
         )
 
     def of(self, samples: Tensor) -> "Transitions":
-        """The transitions of the samples marked in `samples` [N] bool; the states, and so the network call, stay."""
+        """The transitions of the samples marked in `samples` [N] bool; the states, and so the network call, stay.
+
+        The host waits for the device only if some are left out.
+        """
         kept = samples[self.sample]
+        if bool(kept.all()):
+            return self
         at = kept.to(self.x_next.device)
         return replace(
             self,
             x_next=self.x_next[at],
-            state=self.state[at],
+            state=self.state[kept],
             sample=self.sample[kept],
             log_prob=None if self.log_prob is None else self.log_prob[at],
             rollout_log_prob=self.rollout_log_prob[at],

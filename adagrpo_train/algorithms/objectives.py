@@ -9,6 +9,7 @@ from adagrpo_train.errors import ConfigError
 from adagrpo_train.functional import losses
 from adagrpo_train.functional import transitions as f
 from adagrpo_train.interfaces import Policy, Transition
+from adagrpo_train.runtime.transfer import to_device
 from adagrpo_train.types import Conditions, Gaussian, Loss, Transitions
 
 
@@ -62,7 +63,7 @@ class ClippedRatio:
         }
         if self.kl_weight > 0:
             reference = self._step(policy.reference_velocity(batch.x, batch.sigma, conditions), batch, sigma_max)
-            kl = self._kl(step, reference.mean, batch)[batch.state].mean()
+            kl = self._kl(step, reference.mean, batch)[to_device(batch.state, step.mean.device)].mean()
             value, metrics["policy/kl"] = value + self.kl_weight * kl, kl.detach()
         deviation = (log_prob.detach() - batch.rollout_log_prob).abs().max()
         return Loss(value, deviation, {"policy/loss": value.detach(), **metrics})
@@ -89,4 +90,5 @@ class ClippedRatio:
 
 
 def _rows(step: Gaussian, state: Tensor) -> Gaussian:
-    return Gaussian(step.mean[state], step.std[state])
+    at = to_device(state, step.mean.device)
+    return Gaussian(step.mean[at], step.std[at])

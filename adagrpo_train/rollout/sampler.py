@@ -216,8 +216,9 @@ class FlowSampler:
     ) -> Transitions:
         """Evaluate R states in one network call and draw len(noise) / R successors from each."""
         step = self._transition.step(x, velocity(x, sigma, conditions), sigma, sigma_next, self.sigma_max)
-        state = torch.arange(len(x), device=self._device).repeat_interleave(len(noise) // len(x))
-        drawn = Gaussian(step.mean[state], step.std[state])
+        state = torch.arange(len(x)).repeat_interleave(len(noise) // len(x))
+        at = to_device(state, self._device)
+        drawn = Gaussian(step.mean[at], step.std[at])
         # The density is that of the rounded state: the network never sees the unrounded one.
         x_next = (drawn.mean + drawn.std * noise).to(self._latent_dtype)
         log_prob = self._transition.log_prob(x_next, drawn)

@@ -1,4 +1,4 @@
-"""While samples are drawn the host never waits for the device.
+"""While samples are drawn, and between two optimizer steps, the host never waits for the device.
 
 The sampler runs the real tiny transformer on torch's meta device, whose tensors have no values: what asks for one fails
 by itself. A dispatch mode refuses what would only be slow on a GPU: copies in either direction that make the host wait,
@@ -6,6 +6,7 @@ and an index on the host into a tensor on the device, which is copied over in th
 """
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +20,11 @@ from adagrpo_train.algorithms.transitions import CPS, ConstantSDE, FlowSDE
 from adagrpo_train.interfaces import Plan
 from adagrpo_train.models.pipeline import PipelineModel
 from adagrpo_train.rollout.sampler import FlowSampler
+from adagrpo_train.runtime.figures import Figures
 from adagrpo_train.runtime.transfer import to_device
 from adagrpo_train.types import Conditions
 from tests.small_flux import flux_model, save_flux
-from tests.support import PROMPTS, tiny_model
+from tests.support import PROMPTS, make_trainer, tiny_model
 
 DEVICE = torch.device("meta")
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select")
@@ -102,6 +104,29 @@ def test_the_host_never_waits_for_the_device_while_samples_are_drawn(
         rollout = sampler.roll_out(velocity, encoded, prompts, trunks, 0)
         sampler.render(velocity, encoded, torch.zeros((2, *model.latent_shape)))
     assert rollout.x0.device == DEVICE
+
+
+def test_the_host_never_waits_for_the_device_between_two_optimizer_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches in parts, log-probabilities before the first step and the reference; the norms are read."""
+    settings = ["micro_batch=2", "update_micro_batch=1", "updates_per_iteration=2", "weight_average.decay=0"]
+    settings += ["model.num_steps=3", "algorithm.objective.kl_weight=0.1"]
+    trainer, parts, engine = make_trainer(*settings, run_dir=tmp_path)
+    prompts = PROMPTS[[0, 1]]
+    conditions = on_device(parts.policy.encode(list(prompts.texts)))
+    parts.policy.network.to(DEVICE)
+    monkeypatch.setattr(type(engine), "device", DEVICE)
+    monkeypatch.setattr(parts.sampler, "_device", DEVICE)
+    monkeypatch.setattr(parts.sampler, "_sigmas", parts.sampler._sigmas.to(DEVICE))
+    norms = []
+    monkeypatch.setattr(engine, "step", lambda *_, **__: norms.append(1.0) or 1.0)
+    monkeypatch.setattr(trainer._rates, "step", lambda: None)
+    monkeypatch.setattr(Figures, "reduced", lambda *_: {})  # read when all steps are made
+    with NoHostSync():
+        rollout = parts.sampler.roll_out(parts.policy.velocity, conditions, prompts, None, 0)
+        trainer._update(rollout.transitions, conditions, torch.ones(4), torch.ones(4, dtype=torch.bool), 0)
+    assert len(norms) == 2
 
 
 def test_what_makes_the_host_wait_is_seen() -> None:
