@@ -1,5 +1,6 @@
 """Options and fixtures of the whole test suite."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,14 @@ def one_thread_and_fixed_seed() -> None:
     """Small tensors run faster on one thread, and a failing test must fail again."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_pipelines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pipelines to change, such as by adapters, which others then do not see."""
+    from tests import real_sizes  # imports diffusers, which most tests can do without
+
+    real_sizes.pipeline.cache_clear()
+    real_sizes.serve(monkeypatch)
+    yield
+    real_sizes.pipeline.cache_clear()

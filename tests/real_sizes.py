@@ -4,94 +4,47 @@ Configs: diffusers' scripts/convert_sd3_to_diffusers.py and convert_flux_to_diff
 folders, and the released config.json of each part.
 """
 
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
 
-_SD3 = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "attention_head_dim": 64,
-    "caption_projection_dim": 1536,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
+from scripts.bench.drawn import SIZES
+
+_SD35, _FLUX = SIZES["sd35_medium"], SIZES["flux_dev"]
+_PLAIN = {key: value for key, value in _SD35.transformer.items() if key not in ("qk_norm", "dual_attention_layers")}
+_LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
+TRANSFORMERS: dict[str, Mapping[str, Any]] = {
+    "sd3_medium": _PLAIN | {"pos_embed_max_size": 192},
+    "sd35_medium": _SD35.transformer,
+    "sd35_large": _PLAIN | _LARGE | {"qk_norm": "rms_norm"},
+    "flux_dev": _FLUX.transformer,
+    "flux_schnell": {**_FLUX.transformer, "guidance_embeds": False},
 }
-_LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
-_FLUX = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "axes_dims_rope": (16, 56, 56),
-}
-TRANSFORMERS: dict[str, dict[str, Any]] = {
-    "sd3_medium": _SD3,
-    "sd35_medium": _SD3 | {"pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
-    "sd35_large": _SD3 | _LARGE | {"qk_norm": "rms_norm"},
-    "flux_dev": _FLUX | {"guidance_embeds": True},
-    "flux_schnell": _FLUX | {"guidance_embeds": False},
-}
-SCHEDULERS: dict[str, dict[str, Any]] = {
-    "sd3": {"shift": 3.0},
-    "flux_dev": {
-        "shift": 3.0,
-        "use_dynamic_shifting": True,
-        "base_shift": 0.5,
-        "max_shift": 1.15,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
-    },
-    "flux_schnell": {"shift": 1.0, "use_dynamic_shifting": False},
-}
+SCHEDULERS = {"flux_dev": _FLUX.scheduler, "flux_schnell": {"shift": 1.0, "use_dynamic_shifting": False}}
 
 
 @cache
 def pipeline(name: str) -> Any:
     """The pipeline of a model config, without text encoders; the same one every time until pipeline.cache_clear()."""
-    family = "flux" if name.startswith("flux") else "sd3"
-    kind: Any = FluxTransformer2DModel if family == "flux" else SD3Transformer2DModel
+    size = _FLUX if name.startswith("flux") else _SD35
+    kind: Any = getattr(diffusers, size.transformer_class)
     with torch.device("meta"):
-        transformer = kind(**TRANSFORMERS[name])
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=16,
-            scaling_factor={"sd3": 1.5305, "flux": 0.3611}[family],
-            shift_factor={"sd3": 0.0609, "flux": 0.1159}[family],
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        transformer, vae = kind(**TRANSFORMERS[name]), AutoencoderKL(**size.vae)
     parts = {
         "transformer": transformer,
         "vae": vae,
-        "scheduler": FlowMatchEulerDiscreteScheduler(**SCHEDULERS["sd3" if family == "sd3" else name]),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**SCHEDULERS.get(name, size.scheduler)),
         "text_encoder": None,
         "tokenizer": None,
         "text_encoder_2": None,
         "tokenizer_2": None,
     }
-    if family == "flux":
+    if size is _FLUX:
         return FluxPipeline(**parts)
     return StableDiffusion3Pipeline(**parts, text_encoder_3=None, tokenizer_3=None)
 

@@ -7,7 +7,10 @@ import numpy as np
 import torch
 
 from adagrpo_train import build
+from adagrpo_train.algorithms.plans import EveryStep
+from adagrpo_train.interfaces import Transition, Velocity
 from adagrpo_train.models.sd3 import SD3Model
+from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.replicated import ReplicatedEngine
 from adagrpo_train.scoring.collector import Source
@@ -45,6 +48,41 @@ def tiny_model(**changes: Any) -> SD3Model:
         "decode_batch": 64,
     }
     return SD3Model(**(settings | changes))
+
+
+def own_velocity(model: Any) -> Velocity:
+    """The velocity of a model's own transformer."""
+    return lambda x, sigma, conditions: model.velocity(model.transformer, x, sigma, conditions)
+
+
+def make_sampler(model: Any, transition: Transition, **changes: Any) -> FlowSampler:
+    settings: dict[str, Any] = {
+        "transition": transition,
+        "plan": EveryStep(shared_noise=False),
+        "sigmas": model.sigmas,
+        "latent_shape": model.latent_shape,
+        "latent_dtype": model.dtype,
+        "group_size": 2,
+        "micro_batch": 64,
+        "seed": 3,
+        "device": model.device,
+    }
+    return FlowSampler(**(settings | changes))
+
+
+def assert_training_repeats_the_rollout(model: Any, transition: Transition) -> None:
+    """With gradients the network gives the log-probabilities of the rollout bit for bit."""
+    sampler, velocity = make_sampler(model, transition, micro_batch=4), own_velocity(model)
+    conditions = model.encode(list(PROMPTS.texts))
+    rollout = sampler.roll_out(velocity, conditions, PROMPTS, None, iteration=1)
+    model.transformer.requires_grad_(True)
+    for batch in rollout.transitions:
+        v = velocity(batch.x, batch.sigma, conditions[batch.prompt])
+        assert v.requires_grad
+        assert v.dtype == model.dtype
+        step = transition.step(batch.x, v, batch.sigma, batch.sigma_next, sampler.sigma_max)
+        assert batch.log_prob is not None
+        assert torch.equal(transition.log_prob(batch.x_next, step), batch.log_prob)
 
 
 def make_trainer(*overrides: str, run_dir: Path) -> tuple[Trainer, build.Parts, Engine]:

@@ -186,9 +186,7 @@ def ask(urls: list[str], token: str, case: Overload, requests: int) -> int:
     image = np.full((case.side, case.side, 3), RED, np.uint8)
     samples = [Sample(str(n), "a photo of a cat", image) for n in range(requests * case.chunk)]
     settings = RemoteSettings(chunk_images=case.chunk, chunk_bytes=64 * MIB)
-    picture = serving.FORMATS[case.fmt](
-        "0", samples[0]
-    ).image  # once: to keep the server busy
+    picture = serving.FORMATS[case.fmt]("0", samples[0]).image  # once: to keep the server busy
     with serving.sent_as(lambda identity, sample: WireItem(identity, sample.prompt, picture)):
         client = RemoteClient(urls, token=token, settings=settings)
         batch = client.submit(samples).result()

@@ -1,6 +1,5 @@
 """Every preset composes, holds the published numbers, and builds its whole trainer at the real size without weights."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 
 from adagrpo_train import build
 from adagrpo_train.settings import Settings, config_dir, group_options, read_settings
-from tests import real_sizes
 from tests.support import ASSETS
 
 FLOW_GRPO = {  # yifan123/flow_grpo config/grpo.py pickscore_sd3, config/base.py, scripts/train_sd3.py
@@ -165,15 +163,6 @@ def test_the_command_in_the_header_launches_the_engine_of_the_preset(name: str) 
     engine = read_settings([f"experiment={name}"]).choices["engine"]
     launcher = "--multi_gpu" if engine == "ddp" else f"--config_file configs/accelerate/{engine}.yaml"
     assert f"accelerate launch {launcher} --num_processes {PROCESSES.get(name, 8)} " in header
-
-
-@pytest.fixture
-def own_pipelines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pipelines to change, such as by adapters, which others then do not see."""
-    real_sizes.pipeline.cache_clear()
-    real_sizes.serve(monkeypatch)
-    yield
-    real_sizes.pipeline.cache_clear()
 
 
 @pytest.mark.slow

@@ -10,15 +10,13 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-from adagrpo_train.algorithms.plans import EveryStep
 from adagrpo_train.algorithms.transitions import FlowSDE
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.functional import latents
 from adagrpo_train.models.flux import FluxModel
-from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime.noise import INITIAL, SHARED, NoiseKey, keyed_noise
 from tests.small_flux import LENGTH, flux_model, save_flux
-from tests.support import PROMPTS
+from tests.support import PROMPTS, assert_training_repeats_the_rollout, make_sampler, own_velocity
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["dev", "schnell"])
@@ -33,13 +31,8 @@ def test_latents_and_images_equal_the_stock_pipeline(folder: Path, schedule: str
     stock.set_progress_bar_config(disable=True)
     guidance_scale = 3.5 if stock.transformer.config.guidance_embeds else 0.0
     model = flux_model(folder, guidance_scale=guidance_scale, schedule=schedule, num_steps=num_steps)
-    sampler = _sampler(model, FlowSDE(noise_level=0.7), micro_batch=64)
-
-    def velocity(x, sigma, conditions):
-        return model.velocity(model.transformer, x, sigma, conditions)
-
-    texts = list(PROMPTS.texts)
-    ours = sampler.trunks(velocity, model.encode(texts), PROMPTS, iteration=1).x0
+    sampler, texts = make_sampler(model, FlowSDE(noise_level=0.7)), list(PROMPTS.texts)
+    ours = sampler.trunks(own_velocity(model), model.encode(texts), PROMPTS, iteration=1).x0
 
     if schedule == "uniform":
         stock.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
@@ -64,22 +57,7 @@ def test_latents_and_images_equal_the_stock_pipeline(folder: Path, schedule: str
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_gives_the_rollouts_log_probability_bit_for_bit(folder: Path, dtype: str) -> None:
-    model = flux_model_of(folder, dtype=dtype)
-    transition = FlowSDE(noise_level=0.9)
-    sampler = _sampler(model, transition, micro_batch=4)
-
-    def velocity(x, sigma, conditions):
-        return model.velocity(model.transformer, x, sigma, conditions)
-
-    conditions = model.encode(list(PROMPTS.texts))
-    rollout = sampler.roll_out(velocity, conditions, PROMPTS, None, iteration=1)
-    model.transformer.requires_grad_(True)
-    for batch in rollout.transitions:
-        v = velocity(batch.x, batch.sigma, conditions[batch.prompt])
-        assert v.requires_grad
-        assert v.dtype == model.dtype
-        step = transition.step(batch.x, v, batch.sigma, batch.sigma_next, sampler.sigma_max)
-        assert torch.equal(transition.log_prob(batch.x_next, step), batch.log_prob)
+    assert_training_repeats_the_rollout(flux_model_of(folder, dtype=dtype), FlowSDE(noise_level=0.9))
 
 
 @pytest.mark.parametrize("image_seq_len", [16, 64])
@@ -137,20 +115,6 @@ def test_a_setting_out_of_range_is_refused(folder: Path, change: dict[str, Any],
     with pytest.raises(ConfigError) as caught:
         flux_model_of(folder, **change)
     assert message in str(caught.value)
-
-
-def _sampler(model: FluxModel, transition: FlowSDE, *, micro_batch: int) -> FlowSampler:
-    return FlowSampler(
-        transition=transition,
-        plan=EveryStep(shared_noise=False),
-        sigmas=model.sigmas,
-        latent_shape=model.latent_shape,
-        latent_dtype=model.dtype,
-        group_size=2,
-        micro_batch=micro_batch,
-        seed=3,
-        device=model.device,
-    )
 
 
 def flux_model_of(folder: Path, **changes: Any) -> FluxModel:

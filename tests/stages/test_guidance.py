@@ -4,11 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adagrpo_train.algorithms.plans import EveryStep
 from adagrpo_train.algorithms.transitions import FlowSDE
-from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.types import Conditions
-from tests.support import PROMPTS, tiny_model
+from tests.support import assert_training_repeats_the_rollout, tiny_model
 
 
 class Scale(nn.Module):
@@ -46,27 +44,4 @@ def test_the_gradient_is_the_one_written_down_by_hand(gradient: bool) -> None:
 @pytest.mark.parametrize("gradient", [True, False])
 def test_training_gives_the_rollouts_log_probability_bit_for_bit(gradient: bool, dtype: str) -> None:
     model = tiny_model(guidance_scale=3.5, guidance_gradient=gradient, dtype=dtype)
-    transition = FlowSDE(noise_level=0.7)
-    sampler = FlowSampler(
-        transition=transition,
-        plan=EveryStep(shared_noise=False),
-        sigmas=model.sigmas,
-        latent_shape=model.latent_shape,
-        latent_dtype=model.dtype,
-        group_size=2,
-        micro_batch=4,
-        seed=3,
-        device=model.device,
-    )
-
-    def velocity(x, sigma, conditions):
-        return model.velocity(model.transformer, x, sigma, conditions)
-
-    conditions = model.encode(list(PROMPTS.texts))
-    rollout = sampler.roll_out(velocity, conditions, PROMPTS, None, iteration=1)
-    model.transformer.requires_grad_(True)
-    for batch in rollout.transitions:
-        v = velocity(batch.x, batch.sigma, conditions[batch.prompt])
-        assert v.requires_grad
-        step = transition.step(batch.x, v, batch.sigma, batch.sigma_next, sampler.sigma_max)
-        assert torch.equal(transition.log_prob(batch.x_next, step), batch.log_prob)
+    assert_training_repeats_the_rollout(model, FlowSDE(noise_level=0.7))

@@ -19,12 +19,11 @@ from adagrpo_train.algorithms.plans import Branch, EveryStep, FixedSteps
 from adagrpo_train.algorithms.transitions import CPS, ConstantSDE, FlowSDE
 from adagrpo_train.interfaces import Plan
 from adagrpo_train.models.pipeline import PipelineModel
-from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime.figures import Figures
 from adagrpo_train.runtime.transfer import to_device
 from adagrpo_train.types import Conditions
 from tests.small_flux import flux_model, save_flux
-from tests.support import PROMPTS, make_trainer, tiny_model
+from tests.support import PROMPTS, make_sampler, make_trainer, own_velocity, tiny_model
 
 DEVICE = torch.device("meta")
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select")
@@ -82,21 +81,8 @@ def test_the_host_never_waits_for_the_device_while_samples_are_drawn(
     family: str, plan: Plan, transition: Any, models: dict[str, Any]
 ) -> None:
     model = models[family]
-    sampler = FlowSampler(
-        transition=transition,
-        plan=plan,
-        sigmas=model.sigmas,
-        latent_shape=model.latent_shape,
-        latent_dtype=model.dtype,
-        group_size=2,
-        micro_batch=3,
-        seed=0,
-        device=DEVICE,
-    )
-
-    def velocity(x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        return model.velocity(model.transformer, x, sigma, conditions)
-
+    sampler = make_sampler(model, transition, plan=plan, micro_batch=3, device=DEVICE)
+    velocity = own_velocity(model)
     prompts = PROMPTS[[0, 1]]
     encoded = on_device(model.encode(list(prompts.texts)))
     with NoHostSync():

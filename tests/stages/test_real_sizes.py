@@ -1,7 +1,6 @@
 """The model configs at their real size, without weights: shapes, grids, adapters and numbers of weights."""
 
 import math
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -83,15 +82,6 @@ def test_time_grids_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> N
         grid = make("flux_dev", resolution=resolution, schedule="uniform", num_steps=16).sigmas
         torch.testing.assert_close(grid, torch.tensor([_sd3(1 - i / 16) for i in range(17)]), rtol=1e-6, atol=1e-7)
     assert make("flux_schnell").sigmas.tolist() == [1, 0.75, 0.5, 0.25, 0]
-
-
-@pytest.fixture
-def own_pipelines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pipelines to change, such as by adapters, which others then do not see."""
-    real_sizes.pipeline.cache_clear()
-    real_sizes.serve(monkeypatch)
-    yield
-    real_sizes.pipeline.cache_clear()
 
 
 @pytest.mark.parametrize(

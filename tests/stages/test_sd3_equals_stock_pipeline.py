@@ -7,12 +7,10 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from adagrpo_train.algorithms.plans import EveryStep
 from adagrpo_train.algorithms.transitions import FlowSDE
-from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime.noise import INITIAL, SHARED, NoiseKey, keyed_noise
 from tests.small_flux import small_t5, t5_tokenizer
-from tests.support import MID, PROMPTS, tiny_model
+from tests.support import MID, PROMPTS, make_sampler, own_velocity, tiny_model
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
@@ -20,23 +18,8 @@ from tests.support import MID, PROMPTS, tiny_model
 @pytest.mark.parametrize("num_steps", [4, 7])
 def test_latents_and_images_equal_the_stock_pipeline(guidance_scale: float, schedule: str, num_steps: int) -> None:
     model = tiny_model(guidance_scale=guidance_scale, schedule=schedule, num_steps=num_steps)
-    sampler = FlowSampler(
-        transition=FlowSDE(noise_level=0.7),
-        plan=EveryStep(shared_noise=False),
-        sigmas=model.sigmas,
-        latent_shape=model.latent_shape,
-        latent_dtype=model.dtype,
-        group_size=2,
-        micro_batch=64,
-        seed=3,
-        device=model.device,
-    )
-
-    def velocity(x, sigma, conditions):
-        return model.velocity(model.transformer, x, sigma, conditions)
-
-    texts = list(PROMPTS.texts)
-    ours = sampler.trunks(velocity, model.encode(texts), PROMPTS, iteration=1).x0
+    sampler, texts = make_sampler(model, FlowSDE(noise_level=0.7)), list(PROMPTS.texts)
+    ours = sampler.trunks(own_velocity(model), model.encode(texts), PROMPTS, iteration=1).x0
 
     stock = StableDiffusion3Pipeline.from_pretrained(MID, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
     stock.set_progress_bar_config(disable=True)
