@@ -112,14 +112,14 @@ def _on_each_rank(settings: Settings, command: "Callable[[Settings, Engine], Non
 
 
 def _train(settings: Settings, engine: "Engine") -> None:
-    from adagrpo_train import build
+    from adagrpo_train import build, continuation
     from adagrpo_train.runtime.files import whole_folder
     from adagrpo_train.tracking.report import write_report
 
-    snapshot = build.open_snapshot(settings, engine)
+    snapshot = continuation.open_snapshot(settings, engine)
     if snapshot:
-        build.check_continuation(settings, engine, snapshot)
-    run_dir = build.choose_run_dir(settings, engine, snapshot)
+        continuation.check_continuation(settings, engine, snapshot)
+    run_dir = continuation.choose_run_dir(settings, engine, snapshot)
     tracker = None
     trainer, parts = build.make_trainer(settings, engine, run_dir, snapshot)
     status = "failed"
@@ -166,17 +166,17 @@ def _summarise(run_dir: Path) -> None:
 def _evaluate(settings: Settings, engine: "Engine") -> None:
     from PIL import Image
 
-    from adagrpo_train import build
+    from adagrpo_train import build, continuation
     from adagrpo_train.tracking.images import image_grid
     from adagrpo_train.tracking.records import missing_scores
 
-    snapshot = build.open_snapshot(settings, engine)
+    snapshot = continuation.open_snapshot(settings, engine)
     if snapshot:
-        build.check_same_model(settings, snapshot)
+        continuation.check_same_model(settings, snapshot)
     parts = build.make_parts(settings, engine, settings.run_dir, training=False)
     with closing(parts.rewards):
         if snapshot:
-            build.check_same_rewards(settings, parts.scorer, snapshot)
+            continuation.check_same_rewards(settings, parts.scorer, snapshot)
             parts.policy.load_state_dict(snapshot.tensors)
             parts.scorer.load_state_dict(snapshot.state["scoring"])
         parts.encoder.prepare(parts.evaluator.texts)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from adagrpo_train import build
+from adagrpo_train import continuation
 from adagrpo_train.errors import CheckpointError, RewardError
 from adagrpo_train.runtime.checkpoint import Snapshot
 from adagrpo_train.runtime.figures import Figures
@@ -22,7 +22,7 @@ SEVERAL = ["reward=[shapes,jpeg_size]", "reward.jpeg_size.weights.jpeg_size=0.1"
 
 
 def snapshot_of(settings: Settings, rewards: dict[str, str] | None = None) -> Snapshot:
-    state = {"inputs": build.inputs_of(settings), "rewards": rewards or {}}
+    state = {"inputs": continuation.inputs_of(settings), "rewards": rewards or {}}
     return Snapshot(iteration=1, tensors={}, optimizer={}, state=state, per_rank=[{}], config=settings.values)
 
 
@@ -32,7 +32,7 @@ def saved() -> Snapshot:
 
 
 def continued(present: list[str]) -> None:
-    build.check_continuation(read_settings(present), alone(), saved())
+    continuation.check_continuation(read_settings(present), alone(), saved())
 
 
 @pytest.mark.parametrize(
@@ -69,15 +69,15 @@ def test_what_changes_the_reward_is_refused(present: list[str], key: str) -> Non
 def test_an_evaluation_takes_further_rewards_that_never_train_and_no_others() -> None:
     snapshot = saved()
     more = ["reward=[shapes,jpeg_size,tiny_clip]", SEVERAL[1]]
-    build.check_same_model(read_settings([*more, "reward.tiny_clip.role=evaluation"]), snapshot)
+    continuation.check_same_model(read_settings([*more, "reward.tiny_clip.role=evaluation"]), snapshot)
     with pytest.raises(CheckpointError, match=r"reward\.tiny_clip\."):
-        build.check_same_model(read_settings(more), snapshot)
+        continuation.check_same_model(read_settings(more), snapshot)
     with pytest.raises(CheckpointError, match=r"reward\.jpeg_size\."):
-        build.check_same_model(read_settings([*SEVERAL, "reward.jpeg_size.role=evaluation"]), snapshot)
+        continuation.check_same_model(read_settings([*SEVERAL, "reward.jpeg_size.role=evaluation"]), snapshot)
     with pytest.raises(CheckpointError, match=r"scoring\.scale: raw -> calibrated"):
-        build.check_same_model(read_settings([*SEVERAL, "scoring.scale=calibrated"]), snapshot)
+        continuation.check_same_model(read_settings([*SEVERAL, "scoring.scale=calibrated"]), snapshot)
     held_out = snapshot_of(read_settings([*more, "reward.tiny_clip.role=evaluation"]))
-    build.check_same_model(read_settings(SEVERAL), held_out)
+    continuation.check_same_model(read_settings(SEVERAL), held_out)
 
 
 def test_a_changed_reward_is_refused_or_accepted_with_a_warning_that_names_both(
@@ -86,12 +86,12 @@ def test_a_changed_reward_is_refused_or_accepted_with_a_warning_that_names_both(
     scorer: Any = SimpleNamespace(fingerprints={"shapes": "new", "tiny_clip": "only evaluated"})
     snapshot = snapshot_of(read_settings([]), {"shapes": "old"})
     with pytest.raises(CheckpointError, match=r"reward shapes .*new now, old then.*accept_changed_rewards=true"):
-        build.check_same_rewards(read_settings([]), scorer, snapshot)
+        continuation.check_same_rewards(read_settings([]), scorer, snapshot)
     # The root logger of a command line run earlier in this process may have taken the logs for itself.
     monkeypatch.setattr(logging.getLogger("adagrpo_train"), "propagate", True)
-    build.check_same_rewards(read_settings(["scoring.accept_changed_rewards=true"]), scorer, snapshot)
+    continuation.check_same_rewards(read_settings(["scoring.accept_changed_rewards=true"]), scorer, snapshot)
     assert "new now, old then" in caplog.text
-    build.check_same_rewards(read_settings([]), scorer, snapshot_of(read_settings([]), scorer.fingerprints))
+    continuation.check_same_rewards(read_settings([]), scorer, snapshot_of(read_settings([]), scorer.fingerprints))
 
 
 class Ranks(ReplicatedEngine):

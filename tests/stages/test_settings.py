@@ -2,7 +2,7 @@
 
 import pytest
 
-from adagrpo_train import build
+from adagrpo_train import build, continuation
 from adagrpo_train.cli import main
 from adagrpo_train.errors import AdaGRPOError, ConfigError
 from adagrpo_train.runtime.engine import Engine
@@ -114,7 +114,7 @@ def test_settings_that_cannot_work_are_refused_before_training(overrides: list[s
     with pytest.raises(AdaGRPOError) as caught:
         settings = read_settings(overrides)
         engine: Engine = build.make_engine(settings)
-        snapshot = build.open_snapshot(settings, engine)
+        snapshot = continuation.open_snapshot(settings, engine)
         build.make_trainer(settings, engine, tmp_path, snapshot)
     assert message in str(caught.value)
 
