@@ -38,7 +38,7 @@ VARIANTS = {
         "plan=branch",
         "plan.at=[0,1]",
         "algorithm.objective.kl_weight=0.1",
-        "updates_per_iteration=2",
+        *("inner_epochs=2", "updates_per_iteration=2"),  # 4 processes hold one batch each: one update an epoch
         "update_micro_batch=1",  # so forwards without a backward come in between, too
     ],
     "flux": ["model=tiny_flux", "trainable=full", "algorithm=dance_grpo", "updates_per_iteration=2"],
