@@ -70,7 +70,7 @@ def read_settings(overrides: list[str]) -> Settings:
     composed = _compose(opened, known=_leaves(chosen), groups=known_groups)
     resolved, plain = _plain(composed, resolve=True), _with_numbers(_plain(chosen, resolve=False), chosen)
     _check_keys(resolved, {str(key) for key in defaults if key != "hydra"})
-    _check_values(resolved, plain)
+    _check_values(resolved, plain, optional=_nulls(_plain(defaults, resolve=False)))
     _check_served_settings(resolved["reward"], plain["reward"])
     _check_targets(resolved)
     # Of a group with several options Hydra keeps no record; the rewards are the keys of their section.
@@ -180,8 +180,18 @@ def _check_keys(values: dict[str, Any], known: set[str]) -> None:
             raise ConfigError(f"unknown key {key!r}{nearest(key, sorted(known))}")
 
 
-def _check_values(values: Any, plain: Any, prefix: str = "") -> None:
-    """Compare with the same groups without overrides: keys added by `+key=` and values of another type."""
+def _nulls(values: dict[str, Any], prefix: str = "") -> set[str]:
+    """Dotted keys without a value."""
+    below = (_nulls(value, f"{prefix}{key}.") for key, value in values.items() if isinstance(value, dict))
+    return {f"{prefix}{key}" for key, value in values.items() if value is None}.union(*below)
+
+
+def _check_values(values: Any, plain: Any, prefix: str = "", *, optional: set[str]) -> None:
+    """Compare with the same groups without overrides: keys added by `+key=` and values of another type.
+
+    Args:
+        optional: keys that may be null although an experiment gives them a value.
+    """
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in plain:
@@ -189,8 +199,8 @@ def _check_values(values: Any, plain: Any, prefix: str = "") -> None:
         default = plain[key]
         if isinstance(default, dict) and isinstance(value, dict):
             if not _OPEN.fullmatch(name):
-                _check_values(value, default, f"{name}.")
-        elif not _fits(value, default):
+                _check_values(value, default, f"{name}.", optional=optional)
+        elif not _fits(value, default) and not (value is None and name in optional):
             shown = "null" if value is None else value
             raise ConfigError(f"{name}={shown}: expected {_kind(default)}, as in the default {default}")
     missing = [f"{prefix}{key}" for key in plain if key not in values and prefix != "tracker."]

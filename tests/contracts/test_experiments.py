@@ -189,6 +189,7 @@ def test_a_preset_builds_its_trainer_at_the_real_size(name: str, own_pipelines: 
         ["experiment=adagrpo_flux_hpsv3", "algorithm=dance_grpo", "plan=branch"],
         ["experiment=adagrpo_flux_hpsv3_clip", "algorithm=flow_cps", "plan=branch"],
         ["experiment=flow_cps_sd35", "plan=window", "plan.size=3", "plan.high=5"],
+        ["experiment=adagrpo_flux_hpsv3", "network.autocast=null"],
     ],
 )
 def test_what_a_header_recommends_composes(overrides: list[str]) -> None:

@@ -168,11 +168,11 @@ def _rank(rank: int, port: int, folder: Path, results: Any) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # as launchers set them
     model = tiny_model()
     written: list[str] = []
     made = PromptEncoder(
-        model, folder=str(folder), engine=ReplicatedEngine(kind="ddp", device="cpu", timeout_seconds=9)
+        model, folder=str(folder), engine=ReplicatedEngine(kind="ddp", device="cpu", timeout_seconds=60)
     )
     write = made._write
     made._write = lambda text, tensors: (written.append(text), write(text, tensors))[1]  # type: ignore[method-assign]

@@ -66,7 +66,12 @@ def test_two_ranks_decide_together_though_one_alone_lacks_scores(tmp_path: Path)
 
 def _rank(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
     AcceleratorState._reset_state(reset_partial_state=True)  # what earlier tests of the forked process left
     torch.set_num_threads(1)
     engine = ReplicatedEngine(kind="ddp", device="cpu", timeout_seconds=600)
@@ -98,7 +103,12 @@ def _fingerprints(engine: Engine, folder: Path) -> str:
 
 def _trained(folder: Path) -> dict[str, Any]:
     settings = ["iterations=1", "advantage=cross_level", "curriculum.per_rank=true", "micro_batch=2"]
-    settings += ["updates_per_iteration=2", "reward.shapes.max_bad_fraction=0.6", "evaluation.images=2"]
+    settings += [
+        "updates_per_iteration=2",
+        "model.num_steps=5",
+        "reward.shapes.max_bad_fraction=0.6",
+        "evaluation.images=2",
+    ]
     trainer, parts, _ = make_trainer(*settings, run_dir=folder)
     use_reward(trainer, Pixels("missing"))
     start, memory = _weights(parts), Memory()
