@@ -150,6 +150,7 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
             lambda: parts.policy.encode([parts.evaluator.texts[0]]),
             values["update_micro_batch"],
             lambda said: any(engine.gather_objects(said)),
+            divided=engine.divides_weights,
         )
     except BaseException:
         parts.rewards.close()

@@ -26,6 +26,7 @@ FREE_ON_RESUME = (
     "name",
     "engine",
     "scoring.accept_changed_rewards",
+    "scoring.max_skipped",
     "network.gradient_checkpointing",
 )
 """Keys that may differ between a checkpoint and the run that continues from it: they do not change the result."""

@@ -78,6 +78,10 @@ class ZeroEngine(Engine):
         self._groups: list[list[nn.Parameter]] = []
 
     @property
+    def divides_weights(self) -> bool:
+        return self._stage == 3
+
+    @property
     def optimizer_steps(self) -> int:
         return self._zero.global_steps - self._zero.skipped_steps
 
@@ -122,9 +126,9 @@ class ZeroEngine(Engine):
         self._zero.optimizer.clip_grad = max_grad_norm
         self._zero.step()
         check_one_step(before, self._zero.global_steps)
-        if self._zero.optimizer.overflow:
-            return float("inf")
-        return float(self._zero.get_global_grad_norm())
+        norm = float(self._zero.get_global_grad_norm())
+        # DeepSpeed says -1 of a norm beyond float32, after a step that it could not clip.
+        return float("inf") if self._zero.optimizer.overflow or norm < 0 else norm
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State of whole parameters; only the main rank's holds them."""

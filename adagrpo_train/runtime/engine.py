@@ -63,6 +63,11 @@ class Engine(ABC):
 
     @property
     @abstractmethod
+    def divides_weights(self) -> bool:
+        """Whether processes hold shares of the network, which every forward then gathers together."""
+
+    @property
+    @abstractmethod
     def optimizer_steps(self) -> int:
         """Steps made since the network was prepared."""
 

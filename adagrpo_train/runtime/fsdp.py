@@ -50,6 +50,10 @@ class ShardedEngine(Engine):
         self._network: nn.Module | None = None
 
     @property
+    def divides_weights(self) -> bool:
+        return True
+
+    @property
     def optimizer_steps(self) -> int:
         return self._steps
 

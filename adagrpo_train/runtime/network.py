@@ -43,7 +43,7 @@ class Computation:
             are not rounded away; None computes in the weights' dtype.
         gradient_checkpointing: "always" keeps only what enters each block for the backward pass and computes the block
             once more there, bit for bit; "never" keeps everything; "auto" measures whether everything fits into the
-            free memory of the GPU, and is "never" on a CPU.
+            free memory of the GPU, is "always" where weights are divided among processes, and "never" on a CPU.
         compile: whether the blocks of the transformer go through torch.compile.
 
     Raises:
@@ -82,7 +82,7 @@ class Computation:
             self._checkpoint()
 
     def prepare_training(
-        self, conditions: Callable[[], Conditions], states: int, anyone: Callable[[bool], bool]
+        self, conditions: Callable[[], Conditions], states: int, anyone: Callable[[bool], bool], *, divided: bool
     ) -> None:
         """Decide what is kept for the backward pass; called once all else lies in memory.
 
@@ -90,6 +90,8 @@ class Computation:
             conditions: gives one row, any.
             states: most states per network call of the update.
             anyone: whether any process says so; all of them do the same.
+            divided: whether processes hold shares of the weights. A process that ran out of memory while measuring
+                would leave the others waiting for its share, so that "auto" is "always" there.
 
         Raises:
             ConfigError: the weights' dtype cannot be trained in.
@@ -99,9 +101,10 @@ class Computation:
                 "model.dtype=float16: gradients in float16 vanish without a loss scale, which this version does not "
                 "have; train with model.dtype=bfloat16, or model.dtype=float32 network.autocast=bfloat16"
             )
-        if self._checkpointing == "auto" and anyone(
-            self._device.type == "cuda" and not self._fits(conditions(), states)
-        ):
+        if self._checkpointing != "auto":
+            return
+        on_gpu = self._device.type == "cuda"
+        if (on_gpu and divided) or anyone(on_gpu and not self._fits(conditions(), states)):
             self._checkpoint()
 
     def _fits(self, conditions: Conditions, states: int) -> bool:

@@ -52,6 +52,10 @@ class ReplicatedEngine(Engine):
             raise ConfigError(f"engine=single, but {self.world_size} processes were launched; use engine=ddp")
 
     @property
+    def divides_weights(self) -> bool:
+        return False
+
+    @property
     def optimizer_steps(self) -> int:
         return self._steps
 

@@ -106,7 +106,7 @@ def test_auto_keeps_everything_only_where_it_fits(monkeypatch: pytest.MonkeyPatc
     attach(model, "full")
     made = computation(model, gradient_checkpointing="auto")
     conditions = model.encode(["a red circle"])
-    made.prepare_training(lambda: conditions, 4, lambda said: said)
+    made.prepare_training(lambda: conditions, 4, lambda said: said, divided=False)
     assert not model.transformer.gradient_checkpointing  # on a CPU
     weights = sum(p.numel() for p in model.transformer.parameters())
     enough = 1.2 * made.kept_bytes(conditions, 4) + weights * (4 + 8)  # with gradients and Adam's state
@@ -127,7 +127,18 @@ def out_of_memory(*_: Any) -> int:
 def test_one_process_that_needs_checkpoints_makes_all_of_them() -> None:
     model = tiny_model()
     made = computation(model, gradient_checkpointing="auto")
-    made.prepare_training(lambda: model.encode(["a red circle"]), 4, lambda said: True)
+    made.prepare_training(lambda: model.encode(["a red circle"]), 4, lambda said: True, divided=False)
+    assert model.transformer.gradient_checkpointing
+
+
+def test_where_weights_are_divided_auto_checkpoints_without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    made = computation(model, gradient_checkpointing="auto")
+    monkeypatch.setattr(made, "_device", torch.device("cuda"))
+    monkeypatch.setattr(
+        made, "_fits", out_of_memory
+    )  # where a forward is a collective, this would leave others waiting
+    made.prepare_training(lambda: model.encode(["a red circle"]), 4, lambda said: said, divided=True)
     assert model.transformer.gradient_checkpointing
 
 
