@@ -83,7 +83,7 @@ class ConsoleTracker:
         self._console.print(f"run {status}", markup=False)
 
     def _show_evaluation(self, metrics: dict[str, float], iteration: int) -> None:
-        means = {name: value for name, value in metrics.items() if name.count("/") == 1}
+        means = {name: value for name, value in metrics.items() if name.startswith("eval/") and name.count("/") == 1}
         parts = [f"{name.split('/')[1]} {value:.3f}{self._change(name, value)}" for name, value in means.items()]
         parts += _missing(metrics, evaluation=True)
         self._console.print(f"held-out at {iteration:>4}: {'  '.join(parts)}", markup=False)

@@ -183,7 +183,7 @@ def test_the_console_shows_skipped_iterations_and_missing_scores() -> None:
     output = StringIO()
     tracker = ConsoleTracker(console=Console(file=output, width=120), plain_every=10)
     tracker.start(run_info(Path("runs/x")))
-    tracker.log({"eval/total": 0.25, "eval/reward/clip/missing": 2.0}, 0)
+    tracker.log({"eval/total": 0.25, "eval/reward/clip/missing": 2.0, "time/eval_reward_clip_latency_seconds": 0.1}, 0)
     tracker.log({"reward/mean": 0.5, "reward/clip/missing": 3.0, "reward/shapes/missing": 0.0}, 1)
     tracker.log({"reward/skipped": 1.0, "reward/clip/missing": 8.0}, 7)
     shown = output.getvalue().splitlines()[1:]
