@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from transformers.integrations import unset_hf_deepspeed_config
 
-from adagrpo_train.errors import ConfigError
+from adagrpo_train.errors import ConfigError, TrainingError
 from adagrpo_train.runtime.engine import Engine, check_elementwise, check_one_step, keeps_whole_weights
 from adagrpo_train.runtime.launch import be_a_group_of_one, check_launch, forget_launch, process_options, use_cpu
 from adagrpo_train.runtime.weights import Weights
@@ -126,9 +126,15 @@ class ZeroEngine(Engine):
         self._zero.optimizer.clip_grad = max_grad_norm
         self._zero.step()
         check_one_step(before, self._zero.global_steps)
+        if self._zero.optimizer.overflow:
+            return float("inf")
         norm = float(self._zero.get_global_grad_norm())
-        # DeepSpeed says -1 of a norm beyond float32, after a step that it could not clip.
-        return float("inf") if self._zero.optimizer.overflow or norm < 0 else norm
+        if norm < 0:  # DeepSpeed's -1: of finite gradients, a norm beyond float32
+            raise TrainingError(
+                "the gradient norm is beyond float32, and DeepSpeed made the step without clipping it: the weights are "
+                "spoiled. Continue from the last checkpoint with a lower optimizer.lr"
+            )
+        return norm
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State of whole parameters; only the main rank's holds them."""

@@ -1,7 +1,8 @@
-"""An engine that does not fit the launch, the machine or the optimizer is refused before any work."""
+"""An engine that does not fit the launch, the machine or the optimizer is refused; a step that went wrong is named."""
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from adagrpo_train.errors import ConfigError
+from adagrpo_train.errors import ConfigError, TrainingError
 from adagrpo_train.runtime.deepspeed import ZeroEngine
 from adagrpo_train.runtime.engine import check_elementwise, check_one_step
 from adagrpo_train.runtime.fsdp import ShardedEngine
@@ -128,3 +129,28 @@ def test_a_launch_script_explains_itself_and_refuses_what_it_does_not_know(scrip
     wrong = run("--nodes", "2")
     assert wrong.returncode == 2
     assert "--first HOST" in wrong.stderr if script == "torchrun" else "sbatch" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("overflow", "said", "norm"), [(False, 0.5, 0.5), (True, -1.0, float("inf")), (True, float("nan"), float("inf"))]
+)
+def test_zero_tells_the_norm_or_that_there_was_no_step(overflow: bool, said: float, norm: float) -> None:
+    assert _zero_step(overflow, said) == norm
+
+
+def test_a_step_that_deepspeed_could_not_clip_is_not_called_harmless() -> None:
+    with pytest.raises(TrainingError, match="made the step without clipping"):
+        _zero_step(overflow=False, said=-1.0)
+
+
+def _zero_step(overflow: bool, said: float) -> float:
+    """What an engine makes of what DeepSpeed says after a step."""
+    zero: Any = SimpleNamespace(global_steps=3, get_global_grad_norm=lambda: said)
+    zero.optimizer = SimpleNamespace(overflow=overflow, clip_grad=0.0)
+    zero.step = lambda: setattr(zero, "global_steps", 4)
+    engine = object.__new__(ZeroEngine)
+    engine._zero = zero
+    optimizer: Any = None
+    norm = engine.step(optimizer, [], max_grad_norm=0.7)
+    assert zero.optimizer.clip_grad == 0.7
+    return norm
