@@ -2,7 +2,7 @@
 
 import sys
 
-from adagrpo_train.cli import main
+from adagrpo_train.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,6 +4,7 @@ A run of the smallest settings takes two seconds, and the imports before it five
 process that has imported everything and done nothing else; `shell=True` starts one as a user would.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -23,13 +24,14 @@ from unittest import mock
 
 import torch
 
-from adagrpo_train import cli
 from adagrpo_train.runtime import checkpoint
 
 ROOT = Path(__file__).parents[1]
 BASE = ["debug=smoke", "adagrpo=on", "curriculum.candidates=4", "micro_batch=6", "optimizer.lr=1e-3"]
 IMPORTS = [
     "tests.runs",
+    "adagrpo_train.cli.evaluate",
+    "adagrpo_train.cli.train",
     "adagrpo_train.build",
     "adagrpo_train.tracking.report",
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
@@ -156,14 +158,14 @@ def begin(
     cwd: Path = ROOT,
     variables: dict[str, str] | None = None,
     strike: Strike | None = None,
-    main: str = "main",
+    module: str = "train",
 ) -> Forks:
     """Start a run.
 
     Args:
         processes: with more than one, each is told its place as a launcher would.
         variables: of the environment, beside the usual ones.
-        main: the function of `adagrpo_train.cli` to call.
+        module: the command, a module of `adagrpo_train.cli`.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -172,7 +174,7 @@ def begin(
     for rank in range(processes):
         own = places | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115
-        told = (main, [*BASE, *overrides], environment() | own | (variables or {}), cwd, strike)
+        told = (module, [*BASE, *overrides], environment() | own | (variables or {}), cwd, strike)
         process = _context().Process(target=_work, args=(*told, [file.name for file in files]), daemon=True)
         process.start()
         started.append(process)
@@ -191,7 +193,7 @@ def _context() -> Any:
 
 
 def _work(
-    main: str, arguments: list[str], variables: dict[str, str], cwd: Path, strike: Strike | None, output: list[str]
+    module: str, arguments: list[str], variables: dict[str, str], cwd: Path, strike: Strike | None, output: list[str]
 ) -> None:
     for stream, path in zip((1, 2), output, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
@@ -199,11 +201,11 @@ def _work(
     os.environ.update(variables)
     os.chdir(cwd)
     sys.path[:0] = variables["PYTHONPATH"].split(os.pathsep)
-    sys.argv = [main, *arguments]
+    sys.argv = [module, *arguments]
     torch.set_num_threads(1)
     if strike:
         strike.prepare()
-    sys.exit(getattr(cli, main)())
+    sys.exit(importlib.import_module(f"adagrpo_train.cli.{module}").main())
 
 
 def run(*overrides: str, shell: bool = False, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,7 @@
 import pytest
 
 from adagrpo_train import build, continuation
-from adagrpo_train.cli import main
+from adagrpo_train.cli.train import main
 from adagrpo_train.errors import AdaGRPOError, ConfigError
 from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.settings import group_options, read_settings

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoModel
 
 from adagrpo_train import build
-from adagrpo_train.cli import main
+from adagrpo_train.cli.train import main
 from adagrpo_train.errors import TrainingError
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime import checkpoint, fsdp

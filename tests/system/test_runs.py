@@ -226,7 +226,7 @@ def test_stock_diffusers_loads_the_export_and_draws_the_same_image(
 
 def test_evaluation_is_a_command_of_its_own(finished: Path, tmp_path: Path) -> None:
     rewards = ["reward=[shapes,jpeg_size]", "reward.jpeg_size.role=evaluation"]
-    done = run(*rewards, f"resume={finished}", f"hydra.run.dir={tmp_path / 'eval'}", main="evaluate_main")
+    done = run(*rewards, f"resume={finished}", f"hydra.run.dir={tmp_path / 'eval'}", module="evaluate")
     assert done.returncode == 0, done.stderr[-4000:]
     last = [row for row in rows(finished) if "eval/total" in row][-1]
     printed = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("eval/")}
