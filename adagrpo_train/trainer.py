@@ -328,9 +328,7 @@ class Trainer:
         if bool(kept.any()):
             assert level is not None  # it has just followed these samples, or their candidates
             advantages[kept] += self._advantage.across(scores.total[kept], group[here][kept], level)
-        metrics = sample_figures(rewards, parts, group, usable, local, engine.gather(advantages))
-        if level is not None:
-            metrics |= {"curriculum/level": level.mean, "curriculum/level_std": level.std}
+        metrics = sample_figures(rewards, parts, group, usable, local, engine.gather(advantages), level)
         metrics |= choice.figures or self._scorer.follow(parts, usable)
         return advantages, kept, metrics
 

@@ -160,6 +160,31 @@ def mean_group_std(rewards: Float[Tensor, " samples"], group: Int64[Tensor, " sa
     return torch.stack([values[group == key].std(correction=0) for key in torch.unique(group)]).mean()
 
 
+def misjudged(
+    advantages: Float[Tensor, " samples"], rewards: Float[Tensor, " samples"], level: float
+) -> tuple[float | None, float | None]:
+    """False-positive and false-negative rate of advantages against the policy's proficiency level, in [0, 1].
+
+    A false positive is encouraged (advantage > 0) although its reward is below the level, a false negative discouraged
+    (advantage < 0) although its reward is above it.
+
+    Args:
+        advantages: [samples] unitless.
+        rewards: [samples] reward units, all finite.
+        level: reward units.
+
+    Returns:
+        False positives over all samples below the level, None if there are none; false negatives over all samples above
+        it, likewise.
+
+    Source: the misjudgements of intra-group advantages shown by arXiv:2606.06828, as the usual rates.
+    """
+    below, above = rewards < level, rewards > level
+    false_positives = float((advantages[below] > 0).float().mean()) if bool(below.any()) else None
+    false_negatives = float((advantages[above] < 0).float().mean()) if bool(above.any()) else None
+    return false_positives, false_negatives
+
+
 def _by_group(rewards: Tensor, group: Tensor, advantage: Callable[[Tensor], Tensor]) -> Tensor:
     values = _widened(rewards)
     result = torch.zeros_like(values)

@@ -16,6 +16,7 @@ from adagrpo_train.functional.advantages import (
     global_std_advantages,
     group_advantages,
     mean_group_std,
+    misjudged,
     zero_variance_fraction,
 )
 
@@ -177,3 +178,13 @@ def test_the_share_of_groups_that_teach_nothing_counts_groups_not_samples():
 def test_the_mean_group_std_weighs_groups_alike():
     rewards, group = torch.tensor([0.0, 2.0, 5.0, 5.0, 5.0]), torch.tensor([0, 0, 1, 1, 1])
     assert float(mean_group_std(rewards, group)) == pytest.approx(0.5)
+
+
+def test_misjudged_counts_each_side_of_the_level_by_itself() -> None:
+    # Group of the publication's example: the mean of the group is below, then above the level.
+    rewards = torch.tensor([1.0, 2.0, 3.0, 6.0, 7.0, 8.0])
+    local = torch.tensor([-1.0, 0.0, 1.0, -1.0, 0.0, 1.0])
+    assert misjudged(local, rewards, 4.0) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert misjudged(local, rewards, 6.5) == (pytest.approx(1 / 4), 0.0)
+    assert misjudged(local, rewards, 0.0) == (None, pytest.approx(2 / 6))
+    assert misjudged(local, rewards, 9.0) == (pytest.approx(2 / 6), None)
