@@ -25,9 +25,8 @@ _OPEN = re.compile(r"reward\.[^.=]+\.(weights|settings)")
 _WHOLE = re.compile(r"(reward\.[^.=]+\.(?:weights|settings\.[^.=]+))=\s*\{")
 """What a mapping replaces, where Hydra would merge it: weights={a: 1.0} means no other weight."""
 
-
-_FOR_LAUNCHERS = "accelerate"
-"""A folder beside the groups, whose files are for `accelerate launch`."""
+_NO_GROUPS = ("accelerate", "study")
+"""Folders beside the groups: files for `accelerate launch`, and studies."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def read_settings(overrides: list[str]) -> Settings:
 def group_options() -> dict[str, list[str]]:
     """Config groups and their options, for --help."""
     folder = config_dir()
-    groups = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != _FOR_LAUNCHERS)
+    groups = sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in _NO_GROUPS)
     return {group.name: sorted(path.stem for path in group.glob("[!_]*.yaml")) for group in groups}
 
 
