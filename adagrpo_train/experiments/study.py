@@ -26,6 +26,7 @@ class Analysis:
         scores: parts of held-out evaluations, such as total or strict.
         x: iteration, evaluations (of the network, candidates included) or seconds (of training).
         metrics: names in metrics.jsonl, averaged over a run.
+        pairs: pairs of such names, compared within the same runs.
         title: a heading.
     """
 
@@ -34,6 +35,7 @@ class Analysis:
     scores: list[str] = field(default_factory=list)
     x: str = "iteration"
     metrics: list[str] = field(default_factory=list)
+    pairs: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ def _check(study: Study, path: Path) -> None:
     for analysis in study.analyses:
         if analysis.kind not in ("final", "curve", "equal", "training"):
             raise ConfigError(f"{path}: kind={analysis.kind}: choose final, curve, equal or training")
+        if any(len(pair) != 2 for pair in analysis.pairs):
+            raise ConfigError(f"{path}: pairs={analysis.pairs}: each needs two names of metrics")
         if analysis.x not in ("iteration", "evaluations", "seconds"):
             raise ConfigError(f"{path}: x={analysis.x}: choose iteration, evaluations or seconds")
 
