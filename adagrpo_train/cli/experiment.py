@@ -1,7 +1,6 @@
 """`adagrpo-experiment`."""
 
 import argparse
-import json
 import os
 import sys
 from datetime import datetime, timedelta
@@ -83,17 +82,19 @@ def _study(options: argparse.Namespace) -> int:
             read_settings(list(arm.overrides))
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name}: {error}") from error
-    with runner.locked(folder) as lock:
+    with runner.locked(folder):
         ledger.open_study(folder, study)
         if options.tables:
             return _tell(folder, study, everything)
         todo = [run for run in everything if not runner.finished(run.folder)]
         if todo:
-            _announce(study, everything, todo, budget, folder, lock)
+            _announce(study, everything, todo, budget, folder)
         if options.plan:
             return 0
+        if todo:
+            ledger.note_origin(folder)
         outcomes = runner.run_all(
-            todo, budget, lock=lock, done=_Progress(len(everything), len(todo)), keep_weights=options.keep_weights
+            todo, budget, folder=folder, done=_Progress(len(everything), len(todo)), keep_weights=options.keep_weights
         )
         failed = [outcome.run for outcome in outcomes if not outcome.succeeded]
         for run in failed:
@@ -101,9 +102,7 @@ def _study(options: argparse.Namespace) -> int:
         return _tell(folder, study, everything) or (2 if failed else 0)
 
 
-def _announce(
-    study: "Study", everything: list["Run"], todo: list["Run"], budget: "Budget", folder: Path, lock: int
-) -> None:
+def _announce(study: "Study", everything: list["Run"], todo: list["Run"], budget: "Budget", folder: Path) -> None:
     """Say what will be run and how long it will take."""
     from adagrpo_train.experiments import estimate
 
@@ -111,7 +110,7 @@ def _announce(
     sys.stdout.write(f"{study.question}\n{len(arms)} arms x {study.seeds} seeds, {budget.jobs} at once -> {folder}\n")
     if len(todo) < len(everything):
         sys.stdout.write(f"{len(everything) - len(todo)} of {len(everything)} runs are finished\n")
-    pace = estimate.measure(arms, budget, folder / "pilot", lock=lock, said=_say)
+    pace = estimate.measure(arms, budget, folder / "pilot", said=_say)
     seconds = estimate.study_seconds(todo, pace, budget)
     most = seconds * estimate.MARGIN
     _say(
@@ -123,11 +122,10 @@ def _announce(
 def _tell(folder: Path, study: "Study", everything: list["Run"]) -> int:
     from adagrpo_train.experiments.results import write_results
 
-    page = write_results(folder, study, everything)
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = write_results(folder, study, everything)
     for finding in results["findings"]:
         _say(f"- {finding}")
-    _say(f"results: {page}")
+    _say(f"results: {folder / 'results.md'}")
     return 0
 
 

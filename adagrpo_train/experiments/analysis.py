@@ -256,9 +256,9 @@ def _difference_table(title: str, study: Study, compared: list[_Compared]) -> di
     ]
     return {
         "title": title,
-        "note": "Paired by seed and image. Interval: 95 %, bootstrap over seeds and images. p: t-test over seeds, Wilcoxon "
-        "over images (which says nothing about other seeds), the former after Holm for all rows. A difference is "
-        "found where the interval leaves 0 out and the corrected p is below 0.05.",
+        "note": "Paired by seed and image. Interval: 95 %, bootstrap over seeds and images. p: t-test over seeds, "
+        "Wilcoxon over images (which says nothing about other seeds), the former after Holm for all rows. A difference "
+        "is found where the interval leaves 0 out and the corrected p is below 0.05.",
         "columns": [
             *(["cell"] if several else []),
             study.compare,

@@ -42,8 +42,11 @@ class Pace:
         return self.start + iterations * self.iteration + (2 + between) * self.evaluation
 
 
-def measure(arms: list[Arm], budget: Budget, folder: Path, *, lock: int, said: Callable[[str], None]) -> Pace:
-    """Run a few arms for some iterations; what they measured is kept in the folder, for the next time.
+def measure(arms: list[Arm], budget: Budget, folder: Path, *, said: Callable[[str], None]) -> Pace:
+    """Run a few arms for some iterations.
+
+    Args:
+        folder: inside that of the study; what was measured is kept there for the next time.
 
     Raises:
         TrainingError: one of them fails, and so would the study.
@@ -59,7 +62,7 @@ def measure(arms: list[Arm], budget: Budget, folder: Path, *, lock: int, said: C
         for number, arm in enumerate(tried)
     ]
     said(f"measuring the time of {len(pilots)} short runs")
-    outcomes = run_all(pilots, budget, lock=lock, done=lambda _: None, keep_weights=False)
+    outcomes = run_all(pilots, budget, folder=folder.parent, done=lambda _: None, keep_weights=False)
     failed = [outcome.run for outcome in outcomes if not outcome.succeeded]
     if failed:
         raise TrainingError(f"a short run of {failed[0].arm.name} failed:\n{last_words(failed[0])}")

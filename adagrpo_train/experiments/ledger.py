@@ -30,17 +30,25 @@ def open_study(folder: Path, study: Study) -> None:
                 f"{folder} holds a study with other {', '.join(differing)} ({saved.get(key)} there, {present[key]} "
                 "now); give the same, or another folder by --out"
             )
-    origins = origins_of(folder)
-    now = provenance()
-    if now not in origins:
-        origins.append(now)
-    write_whole(path, json.dumps({"study": present, "origins": origins}, indent=1))
+    _write(path, present, origins_of(folder))
+
+
+def note_origin(folder: Path) -> None:
+    """Write down that runs are made now, by this code on this machine."""
+    path, now = folder / "study.json", provenance()
+    saved = _read(path)
+    if now not in saved["origins"]:
+        _write(path, saved["study"], [*saved["origins"], now])
 
 
 def origins_of(folder: Path) -> list[dict[str, Any]]:
-    """Provenance of each call that worked on the study, where they differ; the oldest first."""
+    """Provenance of each call that made runs of the study, where they differ; the oldest first."""
     path = folder / "study.json"
     return _read(path)["origins"] if path.is_file() else []
+
+
+def _write(path: Path, study: dict[str, Any], origins: list[dict[str, Any]]) -> None:
+    write_whole(path, json.dumps({"study": study, "origins": origins}, indent=1))
 
 
 def _read(path: Path) -> dict[str, Any]:

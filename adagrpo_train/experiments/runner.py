@@ -1,7 +1,10 @@
 """Runs trainings beside each other within a budget of cores or GPUs, and takes up again what was interrupted."""
 
 import ctypes
+import fcntl
+import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -10,14 +13,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.experiments.study import Run
 
 _POLL_SECONDS = 0.1
 _LOG = "output.log"
+_LOCK, _RUNS_LOCK = "lock", "runs.lock"
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
+_IMPORTS = [
+    "adagrpo_train.build",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "diffusers.pipelines.flux.pipeline_flux",
+    "peft.tuners",
+    "scipy.stats",
+    "torch._dynamo",
+]
+_QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}  # as the command says before it imports
 
 
 @dataclass(frozen=True)
@@ -74,37 +89,34 @@ def finished(folder: Path) -> bool:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Keep a study to one process at a time; runs that outlive it hold the lock, too.
-
-    Yields:
-        The descriptor that they inherit.
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a study to one process at a time.
 
     Raises:
-        ConfigError: someone works there.
+        ConfigError: another one works there, or runs that outlive theirs.
     """
-    import fcntl
-
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with (folder / _LOCK).open("w") as own, (folder / _RUNS_LOCK).open("w") as of_runs:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(of_runs, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(
                 f"{folder}: another process works on this study, or runs of one that was ended are still saving; wait"
             ) from error
-        yield file.fileno()
+        fcntl.flock(of_runs, fcntl.LOCK_UN)
+        yield
 
 
 def run_all(
-    todo: list[Run], budget: Budget, *, lock: int, done: Callable[[Outcome], None], keep_weights: bool
+    todo: list[Run], budget: Budget, *, folder: Path, done: Callable[[Outcome], None], keep_weights: bool
 ) -> list[Outcome]:
     """Run trainings, as many at once as the budget allows, until all have ended; a failed one does not end the others.
 
     Ctrl-C and SIGTERM let them save and then end this: the same call takes them up again.
 
     Args:
-        lock: a descriptor that the runs inherit.
+        folder: of the study, which is kept locked as long as one of them lives.
         done: told of each run that has ended.
         keep_weights: whether finished runs keep their checkpoints and exports.
 
@@ -120,7 +132,7 @@ def run_all(
             while waiting or running:
                 for number in range(budget.jobs):
                     if number not in running and waiting:
-                        running[number] = _Job(waiting.pop(0), budget, number, lock)
+                        running[number] = _Job(waiting.pop(0), budget, number, folder / _RUNS_LOCK)
                 time.sleep(_POLL_SECONDS)
                 for number in [number for number, job in running.items() if job.ended]:
                     outcome = running.pop(number).outcome()
@@ -137,37 +149,27 @@ def run_all(
 
 
 class _Job:
-    """One training as a process of its own."""
+    """One training in a process of its own."""
 
-    def __init__(self, run: Run, budget: Budget, number: int, lock: int) -> None:
+    def __init__(self, run: Run, budget: Budget, number: int, lock: Path) -> None:
         self._run, self._started = run, time.monotonic()
         run.folder.mkdir(parents=True, exist_ok=True)
         begun = any((run.folder / "checkpoints").glob("iteration_*"))
         if not begun:
             _clear(run.folder)
         continued = [f"resume={run.folder}"] if begun else []
-        program = [sys.executable, "-m"]
-        if budget.processes > 1:
-            program += ["torch.distributed.run", "--standalone", f"--nproc_per_node={budget.processes}", "-m"]
-        self._output = (run.folder / _LOG).open("ab")
-        self._process = subprocess.Popen(
-            [*program, "adagrpo_train", *run.overrides, f"hydra.run.dir={run.folder}", *continued],
-            env=os.environ | budget.variables(number),
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            pass_fds=(lock,),
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-            process_group=0,  # Ctrl-C reaches this process alone, which passes it on once
-        )
+        arguments = [*run.overrides, f"hydra.run.dir={run.folder}", *continued]
+        variables = dict(os.environ) | budget.variables(number)
+        # On the CPU a run of the tiny model takes less than the imports before it.
+        start = _fork if budget.processes == 1 and not budget.gpus else _launch
+        self._process = start(arguments, variables, budget.processes, run.folder / _LOG, lock)
 
     @property
     def ended(self) -> bool:
-        return self._process.poll() is not None
+        return self._status() is not None
 
     def outcome(self) -> Outcome:
-        self._output.close()
-        succeeded = self._process.returncode == 0 and finished(self._run.folder)
+        succeeded = self._status() == 0 and finished(self._run.folder)
         return Outcome(self._run, succeeded, time.monotonic() - self._started)
 
     def stop(self) -> None:
@@ -176,8 +178,62 @@ class _Job:
             self._process.terminate()
 
     def wait(self) -> None:
-        self._process.wait()
-        self._output.close()
+        while not self.ended:
+            time.sleep(_POLL_SECONDS)
+
+    def _status(self) -> int | None:
+        return self._process.poll() if isinstance(self._process, subprocess.Popen) else self._process.exitcode
+
+
+def _launch(
+    arguments: list[str], variables: dict[str, str], processes: int, log: Path, lock: Path
+) -> "subprocess.Popen[bytes]":
+    """A training as a program of its own, by torch's launcher where it has several processes."""
+    program = [sys.executable, "-m"]
+    if processes > 1:
+        program += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    with log.open("ab") as output, lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)  # the program inherits it
+        return subprocess.Popen(
+            [*program, "adagrpo_train", *arguments],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=(held.fileno(),),
+            preexec_fn=_end_with_parent,
+            process_group=0,  # Ctrl-C reaches the study alone, which passes it on once
+        )
+
+
+def _fork(arguments: list[str], variables: dict[str, str], _processes: int, log: Path, lock: Path) -> Any:
+    """A training as a fork of a process that has imported everything and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTS)
+    before = dict(os.environ)
+    os.environ.update(variables | _QUIET)  # the libraries read them when they are imported
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    process = context.Process(target=_train, args=(arguments, variables, log, lock))
+    process.start()
+    return process
+
+
+def _train(arguments: list[str], variables: dict[str, str], log: Path, lock: Path) -> None:
+    """In the forked process: `python -m adagrpo_train`."""
+    _end_with_parent()
+    os.setpgid(0, 0)  # Ctrl-C reaches the study alone, which passes it on once
+    with lock.open("w") as held, log.open("ab") as output, Path(os.devnull).open() as nothing:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        for stream, file in enumerate((nothing, output, output)):
+            os.dup2(file.fileno(), stream)
+        os.environ.clear()
+        os.environ.update(variables)
+        sys.argv = ["adagrpo-train", *arguments]
+        runpy.run_module("adagrpo_train", run_name="__main__")
 
 
 def last_words(run: Run) -> str:
@@ -204,7 +260,8 @@ def _drop_weights(folder: Path) -> None:
 
 def _end_with_parent() -> None:
     """The kernel asks this process to save and end when the one that started it dies."""
-    ctypes.CDLL(None).prctl(_PARENT_DIED, signal.SIGTERM)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DIED, signal.SIGTERM)
 
 
 @contextmanager

@@ -243,7 +243,7 @@ def _paired_t(before: Float[np.ndarray, " seeds"], after: Float[np.ndarray, " se
     if len(before) < 2:
         return math.nan
     difference = after - before
-    if np.ptp(difference) == 0:  # no spread: t is infinite, or 0 / 0
+    if np.ptp(difference) <= 1e-12 * np.abs(difference).max():  # no spread but rounding: t is infinite, or 0 / 0
         return 0.0 if difference[0] else 1.0
     return float(stats.ttest_rel(after, before).pvalue)
 

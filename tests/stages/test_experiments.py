@@ -1,0 +1,212 @@
+"""Studies: what they consist of, what is made of their records, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adagrpo_train.errors import ConfigError
+from adagrpo_train.experiments import ledger
+from adagrpo_train.experiments.analysis import analyse
+from adagrpo_train.experiments.estimate import Pace, study_seconds
+from adagrpo_train.experiments.results import write_results
+from adagrpo_train.experiments.runner import Budget, locked
+from adagrpo_train.experiments.study import Analysis, Run, Study, arms, built_in, read_study, runs
+from adagrpo_train.settings import read_settings
+
+IMAGES = 60
+
+
+def _study(**changes: Any) -> Study:
+    values: dict[str, Any] = {
+        "question": "Which is better?",
+        "overrides": ["debug=smoke"],
+        "factors": {
+            "algorithm": {"flow": ["algorithm=flow_grpo"], "cps": ["algorithm=flow_cps"]},
+            "curriculum": {"random": ["curriculum=uniform"], "boundary": ["curriculum=boundary"]},
+        },
+        "compare": "curriculum",
+        "against": "random",
+        "seeds": 5,
+        "analyses": [Analysis(kind="final", scores=["total"])],
+    }
+    return Study(**(values | changes))
+
+
+def _record(run: Run, gain: float, *, seconds: float = 1.0, candidates: int = 0) -> None:
+    """What a run would leave: held-out scores before, after two and after four iterations, and rows of metrics."""
+    rng = np.random.default_rng([run.seed, *run.arm.name.encode()])
+    shared = np.random.default_rng(7).normal(size=IMAGES)
+    (run.folder / "evaluations").mkdir(parents=True)
+    for iteration in (0, 2, 4):
+        values = shared + gain * iteration / 4 + 0.01 * rng.normal(size=IMAGES) * (iteration > 0)
+        rows = [{"prompt": str(i), "class": "and", "total": value} for i, value in enumerate(values)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (run.folder / "evaluations" / f"{iteration:06d}.jsonl").write_text(text)
+    figures = {"nfe/sampling": 100.0 + candidates, "nfe/training": 50.0, "time/iteration_seconds": seconds}
+    rows = [{"iteration": i + 1, "reward/mean": 0.1 * i + gain, **figures} for i in range(4)]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run.folder / "summary.json").write_text("{}")
+
+
+@pytest.mark.parametrize("name", ["selection", "plugin", "fusion", "efficiency"])
+def test_every_level_of_a_shipped_study_composes_and_a_study_fits_a_screen(name: str) -> None:
+    study = read_study(name, overrides=[], seeds=None)
+    assert study.seeds >= {"selection": 5, "plugin": 3}.get(name, 1)
+    first = dict(arms(study)[0].levels)
+    for arm in arms(study):
+        if sum(level != first[factor] for factor, level in arm.levels) <= 1:
+            read_settings([*arm.overrides, "seed=1"])
+    path = Path(__file__).parents[2] / "configs/study" / f"{name}.yaml"
+    assert len(path.read_text().splitlines()) <= 50
+
+
+def test_the_studies_of_the_issue_are_there() -> None:
+    assert built_in() == ["efficiency", "fusion", "plugin", "selection"]
+    selection, plugin = (read_study(name, overrides=[], seeds=None) for name in ("selection", "plugin"))
+    assert list(selection.factors["selection"]) == ["random", "easiest", "hardest", "median", "boundary"]
+    assert [len(levels) for levels in plugin.factors.values()] == [3, 3, 4]
+
+
+def test_runs_are_arms_times_seeds_with_the_settings_of_the_command_between_study_and_levels() -> None:
+    study = _study(overrides=["debug=smoke", "group_size=4"])
+    everything = runs(study, Path("there"))
+    assert len(everything) == 4 * 5
+    assert everything[0].folder == Path("there/runs/flow-random/seed0")
+    assert {run.seed for run in everything[:4]} == {0}  # whole seeds come first
+    assert everything[5].overrides == [
+        *("debug=smoke", "group_size=4", "algorithm=flow_grpo", "curriculum=boundary", "seed=1")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sseeds: 3", "Key 'sseeds' not in 'Study'"),
+        ("compare: model", "compare=model is no factor"),
+        ("against: hardest", "against=hardest is no level"),
+        ("seeds: 0", "must be >= 1"),
+        ("analyses: [{kind: last}]", "choose final, curve, equal or training"),
+        ("analyses: [{kind: equal, x: time}]", "choose iteration, evaluations or seconds"),
+        ("analyses: [{kind: training, pairs: [[a]]}]", "two names"),
+    ],
+)
+def test_a_study_that_makes_no_sense_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    lines = {
+        "question": "question: What?",
+        "overrides": "overrides: []",
+        "factors": "factors: {curriculum: {random: [curriculum=uniform], boundary: [curriculum=boundary]}}",
+        "compare": "compare: curriculum",
+        "against": "against: random",
+        "seeds": "seeds: 2",
+        "analyses": "analyses: []",
+    } | {text.split(":")[0]: text}
+    path = tmp_path / "own.yaml"
+    path.write_text("\n".join(lines.values()))
+    with pytest.raises(ConfigError, match=message):
+        read_study(str(path), overrides=[], seeds=None)
+
+
+def test_a_misspelt_study_is_told_its_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="did you mean selection"):
+        read_study("selektion", overrides=[], seeds=None)
+
+
+def test_a_planted_difference_is_found_where_it_is_and_only_there(tmp_path: Path) -> None:
+    study = _study()
+    for run in runs(study, tmp_path):
+        better = run.arm.name == "cps-boundary"
+        _record(run, 0.3 + 0.2 * better + 0.02 * run.seed)
+    results = analyse(study, runs(study, tmp_path))
+    table = next(table for table in results.tables if "against" in table["title"])
+    rows = {row[0]: row for row in table["rows"]}
+    assert rows["cps"][-1] == "higher"
+    assert float(rows["cps"][4].split()[0]) == pytest.approx(0.2, abs=0.003)
+    assert rows["flow"][-1] == "no difference found"
+    assert any("boundary against random (cps)" in finding and "higher" in finding for finding in results.findings)
+    assert any("ahead in" in finding and "of 2 cells" in finding for finding in results.findings)
+
+
+def test_equal_compute_takes_away_what_was_only_bought(tmp_path: Path) -> None:
+    # boundary gains a fifth more and spends a fifth more on candidates: per iteration it is ahead, per evaluation not.
+    factors = {"curriculum": _study().factors["curriculum"]}
+    analyses = [Analysis(kind="equal", scores=["total"], x=x) for x in ("iteration", "evaluations", "seconds")]
+    study = _study(factors=factors, analyses=analyses)
+    for run in runs(study, tmp_path):
+        bought = run.arm.name == "boundary"
+        _record(run, 1.2 if bought else 1.0, candidates=30 * bought, seconds=2.0 if bought else 1.0)
+    iteration, evaluations, seconds = (table["rows"][0] for table in analyse(study, runs(study, tmp_path)).tables)
+    assert iteration[-1] == "higher"
+    assert evaluations[-1] == "no difference found"
+    assert seconds[-1] == "lower"  # twice as dear for a fifth more
+
+
+def test_figures_of_training_are_compared_within_their_runs(tmp_path: Path) -> None:
+    pairs = [["reward/mean", "nfe/training"]]
+    study = _study(analyses=[Analysis(kind="training", metrics=["reward/mean"], pairs=pairs)])
+    for run in runs(study, tmp_path):
+        _record(run, 0.0)
+    figures, change = analyse(study, runs(study, tmp_path)).tables
+    assert figures["rows"][0] == ["flow", "random", "5", "0.150 [0.150, 0.150]"]
+    assert change["rows"][0][3] == "0.150 -> 50.000"
+
+
+def test_results_of_a_part_say_so_and_are_the_same_when_drawn_again(tmp_path: Path) -> None:
+    study = _study(analyses=[Analysis(kind="final", scores=["total"]), Analysis(kind="curve", scores=["total"])])
+    ledger.open_study(tmp_path, study)
+    ledger.note_origin(tmp_path)
+    everything = runs(study, tmp_path)
+    for run in everything[:-1]:
+        _record(run, 0.1 * run.seed)
+    first = write_results(tmp_path, study, everything)
+    assert first["findings"][0] == "1 of 20 runs are not finished"
+    assert first["provenance"]["runs"] == 19
+    assert write_results(tmp_path, study, everything) == first
+    assert json.loads((tmp_path / "results.json").read_text()) == first
+    curve = first["panels"][0]["series"][0]["points"]
+    assert [point[0] for point in curve] == [0.0, 2.0, 4.0]
+    assert all(low <= mean <= high for _, mean, low, high in curve)
+    page = (tmp_path / "results.md").read_text()
+    assert "| flow | boundary | 5 | 60 |" in page
+    assert first["provenance"]["commit"] in page
+
+
+def test_another_study_in_the_same_folder_is_refused_and_more_seeds_are_not(tmp_path: Path) -> None:
+    ledger.open_study(tmp_path, _study())
+    ledger.open_study(tmp_path, _study(seeds=9, analyses=[]))
+    with pytest.raises(ConfigError, match="other overrides"):
+        ledger.open_study(tmp_path, _study(overrides=["debug=smoke", "iterations=9"]))
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(ConfigError, match="damaged"):
+        ledger.open_study(tmp_path, _study())
+
+
+def test_a_study_is_worked_on_by_one_process_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ConfigError, match="another process works on this study"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_budget_is_divided_among_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Budget(8, 0, 2).jobs == 4
+    assert Budget(8, 0, 1).variables(0)["OMP_NUM_THREADS"] == "1"
+    assert Budget(16, 0, 2).variables(3) == {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    gpus = Budget(16, 4, 2)
+    assert gpus.jobs == 2
+    assert [gpus.variables(job)["CUDA_VISIBLE_DEVICES"] for job in range(2)] == ["4,5", "6,7"]
+    assert gpus.variables(0)["OMP_NUM_THREADS"] == "4"
+    with pytest.raises(ConfigError, match="raise --gpus"):
+        Budget(16, 1, 2)
+    with pytest.raises(ConfigError, match="must be >= 1"):
+        Budget(0, 0, 1)
+
+
+def test_the_time_of_a_study_is_that_of_its_runs_beside_each_other(tmp_path: Path) -> None:
+    study = _study(overrides=["debug=smoke", "iterations=10", "evaluation.every=4"], seeds=2)
+    pace = Pace(start=5.0, iteration=2.0, evaluation=1.0)
+    # 10 iterations, evaluations before, after 4 and 8, and at the end.
+    assert study_seconds(runs(study, tmp_path), pace, Budget(2, 0, 1)) == 8 * (5 + 20 + 4) / 2
