@@ -5,13 +5,15 @@ import fcntl
 import multiprocessing
 import os
 import runpy
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -217,14 +219,18 @@ def _fork(arguments: list[str], variables: dict[str, str], _processes: int, log:
     finally:
         os.environ.clear()
         os.environ.update(before)
-    process = context.Process(target=_train, args=(arguments, variables, log, lock))
+    process = context.Process(target=_train, args=(arguments, variables, log, lock, os.getpid()))
     process.start()
     return process
 
 
-def _train(arguments: list[str], variables: dict[str, str], log: Path, lock: Path) -> None:
-    """In the forked process: `python -m adagrpo_train`."""
-    _end_with_parent()
+def _train(arguments: list[str], variables: dict[str, str], log: Path, lock: Path, study: int) -> None:
+    """In the forked process: `python -m adagrpo_train`.
+
+    Args:
+        study: the process that asked for it, which is not its parent.
+    """
+    threading.Thread(target=_end_with, args=(study,), daemon=True).start()
     os.setpgid(0, 0)  # Ctrl-C reaches the study alone, which passes it on once
     with lock.open("w") as held, log.open("ab") as output, Path(os.devnull).open() as nothing:
         fcntl.flock(held, fcntl.LOCK_SH)
@@ -256,6 +262,14 @@ def _drop_weights(folder: Path) -> None:
     """Tables and figures are made of the records alone, and weights of many runs fill a disk."""
     for name in ("checkpoints", "export"):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _end_with(process: int) -> None:
+    """Ask this process to save and end when another one has died."""
+    if hasattr(os, "pidfd_open"):
+        with suppress(ProcessLookupError):  # it has died already
+            select.select([os.pidfd_open(process)], [], [])
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _end_with_parent() -> None:
