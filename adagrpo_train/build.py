@@ -32,6 +32,7 @@ from adagrpo_train.scoring.scorer import Scorer
 from adagrpo_train.settings import Settings
 from adagrpo_train.trainer import Schedule, Trainer
 from adagrpo_train.types import RunInfo
+from adagrpo_train.update import PolicyUpdate
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         raise ConfigError(
             f"curriculum.candidates={curriculum.candidates}: prompts.path holds only {len(prompts)} prompts"
         )
-    choices = _choices(values)
+    # Mistakes in parts that need no model are found before one is loaded.
+    advantage, schedule, update = _make(values["advantage"], "advantage"), _schedule(values), _update_choices(values)
     parts = make_parts(settings, engine, run_dir, training=True)
     assert parts.optimizer is not None
     try:
@@ -128,17 +130,25 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
             curriculum=curriculum,
             sampler=parts.sampler,
             scorer=parts.scorer,
+            advantage=advantage,
             policy=parts.policy,
-            optimizer=parts.optimizer,
-            rates=_rates(parts.optimizer, values),
+            update=PolicyUpdate(
+                policy=parts.policy,
+                optimizer=parts.optimizer,
+                rates=_rates(parts.optimizer, values),
+                engine=engine,
+                sigma_max=parts.sampler.sigma_max,
+                max_grad_norm=values["max_grad_norm"],
+                **update,
+            ),
             evaluator=parts.evaluator,
             checkpoints=Checkpoints(run_dir / "checkpoints", keep=values["checkpoint"]["keep"]),
             engine=engine,
             stop=parts.stop,
+            schedule=schedule,
             run_dir=run_dir,
             config=values,
             inputs=inputs_of(settings),
-            **choices,
         )
         if snapshot:
             check_same_rewards(settings, parts.scorer, snapshot)
@@ -158,20 +168,22 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
     return trainer, parts
 
 
-def _choices(values: dict[str, Any]) -> dict[str, Any]:
-    """Parts of a trainer that need no model: mistakes in them are found before one is loaded."""
+def _schedule(values: dict[str, Any]) -> Schedule:
+    return Schedule(
+        iterations=values["iterations"],
+        inner_epochs=values["inner_epochs"],
+        updates_per_iteration=values["updates_per_iteration"],
+        max_grad_norm=values["max_grad_norm"],
+        evaluate_every=values["evaluation"]["every"],
+        save_every=values["checkpoint"]["every"],
+        max_skipped=values["scoring"]["max_skipped"],
+    )
+
+
+def _update_choices(values: dict[str, Any]) -> dict[str, Any]:
+    """What the update needs beside the model, as arguments of PolicyUpdate."""
     return {
-        "advantage": _make(values["advantage"], "advantage"),
         "objective": _make(values["algorithm"]["objective"], "algorithm.objective"),
-        "schedule": Schedule(
-            iterations=values["iterations"],
-            inner_epochs=values["inner_epochs"],
-            updates_per_iteration=values["updates_per_iteration"],
-            max_grad_norm=values["max_grad_norm"],
-            evaluate_every=values["evaluation"]["every"],
-            save_every=values["checkpoint"]["every"],
-            max_skipped=values["scoring"]["max_skipped"],
-        ),
         "visits": Visits(
             inner_epochs=values["inner_epochs"],
             updates=values["updates_per_iteration"],

@@ -1,27 +1,22 @@
 """The training loop, top-down: prompts -> curriculum -> rollout -> rewards -> advantages -> update."""
 
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
-from adagrpo_train.algorithms.visits import Visits
-from adagrpo_train.errors import ConfigError, RewardError, StoppedError, TrainingError
+from adagrpo_train.errors import ConfigError, RewardError, StoppedError
 from adagrpo_train.evaluator import Evaluator
-from adagrpo_train.interfaces import Advantage, Curriculum, Objective, PromptSource, Tracker
+from adagrpo_train.interfaces import Advantage, Curriculum, PromptSource, Tracker
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime.checkpoint import Checkpoints, Snapshot, random_state, restore_random_state
 from adagrpo_train.runtime.engine import Engine
-from adagrpo_train.runtime.figures import Figures
 from adagrpo_train.runtime.policy import Policy
 from adagrpo_train.runtime.stopping import StopRequest
 from adagrpo_train.runtime.timing import StageTimer, peak_memory_bytes
-from adagrpo_train.runtime.transfer import to_device
 from adagrpo_train.scoring.collector import Collector
 from adagrpo_train.scoring.figures import sample_figures
 from adagrpo_train.scoring.scorer import Scorer
@@ -33,9 +28,9 @@ from adagrpo_train.types import (
     Scores,
     SelectedPrompt,
     Selection,
-    Transitions,
     Trunks,
 )
+from adagrpo_train.update import PolicyUpdate
 
 _log = logging.getLogger(__name__)
 
@@ -104,26 +99,23 @@ class Trainer:
         sampler: FlowSampler,
         scorer: Scorer,
         advantage: Advantage,
-        objective: Objective,
         policy: Policy,
-        optimizer: torch.optim.Optimizer,
-        rates: LambdaLR,
+        update: PolicyUpdate,
         evaluator: Evaluator,
         checkpoints: Checkpoints,
         engine: Engine,
         stop: StopRequest,
         schedule: Schedule,
-        visits: Visits,
         run_dir: Path,
         config: dict[str, Any],
         inputs: dict[str, str],
     ) -> None:
         self._prompts, self._curriculum, self._sampler, self._scorer = prompts, curriculum, sampler, scorer
-        self._advantage, self._objective, self._policy, self._optimizer = advantage, objective, policy, optimizer
-        self._rates, self._evaluator, self._checkpoints = rates, evaluator, checkpoints
+        self._advantage, self._policy, self._update = advantage, policy, update
+        self._evaluator, self._checkpoints = evaluator, checkpoints
         self._engine, self._stop, self._schedule, self._run_dir = engine, stop, schedule, run_dir
-        self._config, self._inputs, self._visits = config, inputs, visits
-        self._first, self._updates, self._skipped = 0, 0, 0
+        self._config, self._inputs = config, inputs
+        self._first, self._skipped = 0, 0
         self._timer = StageTimer()
         self._tracker: Tracker | None = None
         self._check_counts()
@@ -170,9 +162,7 @@ class Trainer:
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a checkpoint as if the run had never stopped."""
         self._policy.load_state_dict(snapshot.tensors)
-        self._engine.load_optimizer_state(self._optimizer, snapshot.optimizer)
-        self._rates.load_state_dict(snapshot.state["rates"])
-        self._updates = snapshot.state["updates"]
+        self._update.load_state_dict(snapshot.state, snapshot.optimizer)
         # With more processes than there were: their states differ only under per_rank, which then is refused.
         per_rank = snapshot.per_rank[min(self._engine.rank, len(snapshot.per_rank) - 1)]
         self._restore_drawn_state(snapshot.state | per_rank)
@@ -231,7 +221,7 @@ class Trainer:
         if not metrics:
             return self._skip(f"no group has enough scores to be compared; {scores.reason}")
         with self._timer.stage("update"):
-            metrics |= self._update(rollout.transitions, conditions, advantages, usable, iteration)
+            metrics |= self._update.make(rollout.transitions, conditions, advantages, usable, iteration)
         self._skipped = 0
         return metrics | self._log_choice(candidates, choice, iteration)
 
@@ -332,66 +322,6 @@ class Trainer:
         metrics |= choice.figures or self._scorer.follow(parts, usable)
         return advantages, kept, metrics
 
-    def _update(
-        self, batches: list[Transitions], conditions: Conditions, advantages: Tensor, usable: Tensor, iteration: int
-    ) -> dict[str, float]:
-        """Visit the transitions of usable samples once per inner epoch, in `updates_per_iteration` optimizer steps."""
-        figures, before = Figures(), self._engine.optimizer_steps
-        first = self._engine.rank * len(batches)
-        for visited in self._visits.of(batches, iteration, first, lambda batch: self._log_prob(batch, conditions)):
-            self._optimizer_step(visited, conditions, advantages, usable, figures)
-        return figures.reduced(self._engine) | {"policy/updates": float(self._engine.optimizer_steps - before)}
-
-    def _log_prob(self, batch: Transitions, conditions: Conditions) -> Tensor:
-        rows = to_device(batch.prompt, self._engine.device)
-        with self._engine.micro_step(self._policy.network, last=False):
-            return self._objective.log_prob(self._policy, batch, conditions[rows], self._sampler.sigma_max)
-
-    def _optimizer_step(
-        self,
-        batches: list[Transitions],
-        conditions: Conditions,
-        advantages: Tensor,
-        usable: Tensor,
-        figures: Figures,
-    ) -> None:
-        """One update with the mean loss over the transitions of usable samples, of all ranks.
-
-        Without any, it is left out on every rank: nothing moves, neither by weight decay nor by the optimizer's past.
-        """
-        # Ranks average their gradients, so each divides by its share of the transitions of all.
-        here = sum(int(usable[batch.sample].sum()) for batch in batches)
-        total = sum(self._engine.gather_objects(here)) / self._engine.world_size
-        if not total:
-            return
-        first, losses = "policy/grad_norm" not in figures, list[Tensor]()
-        for number, batch in enumerate(batches):
-            kept = batch.of(usable)
-            # Nothing usable: the batch still takes part, with weight 0, since other ranks wait for its gradients.
-            weight = len(kept.sample) / total
-            kept = kept if weight else batch
-            rows, own = (to_device(each, self._engine.device) for each in (batch.prompt, advantages[kept.sample]))
-            with self._engine.micro_step(self._policy.network, last=number == len(batches) - 1):
-                loss = self._objective.loss(self._policy, kept, conditions[rows], own, self._sampler.sigma_max)
-                self._engine.backward(loss.value * weight)
-            if weight:
-                losses.append(loss.value.detach())
-                figures.add(loss.metrics, len(kept.sample))
-            if weight and first:
-                deviation = loss.metrics["policy/ratio_max_deviation_max"]
-                figures.add({"policy/first_ratio_deviation_max": deviation}, 1.0)
-                figures.add({"policy/rollout_deviation_max": loss.rollout_deviation}, 1.0)
-        norm = self._engine.step(self._optimizer, self._policy.parameters, max_grad_norm=self._schedule.max_grad_norm)
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"the gradient norm is {norm} (losses {[float(loss) for loss in losses]}); the weights were left as "
-                "they were. Lower optimizer.lr, or look at the rewards of the last iteration"
-            )
-        figures.add({"policy/lr": self._optimizer.param_groups[0]["lr"], "policy/grad_norm": norm}, 1.0)
-        self._rates.step()
-        self._policy.average.update(self._updates)
-        self._updates += 1
-
     def _log_choice(self, candidates: Prompts, choice: "_Choice", iteration: int) -> dict[str, float]:
         """Log every candidate with its score; return figures about the choice."""
         nan = float("nan")
@@ -459,7 +389,7 @@ class Trainer:
         drawn = self._drawn_state()
         per_rank = self._engine.gather_objects({key: drawn[key] for key in ("curriculum", "random")})
         # What is divided among processes is put together by all of them.
-        tensors, optimizer = self._policy.state_dict(), self._engine.optimizer_state(self._optimizer)
+        tensors, optimizer = self._policy.state_dict(), self._update.optimizer_state()
         if self._engine.is_main:
             tracker = self._tracker.state_dict() if self._tracker else {}
             snapshot = Snapshot(
@@ -470,8 +400,7 @@ class Trainer:
                     "prompts": drawn["prompts"],
                     "scoring": drawn["scoring"],
                     "skipped": drawn["skipped"],
-                    "updates": self._updates,
-                    "rates": self._rates.state_dict(),
+                    **self._update.state_dict(),
                     "inputs": self._inputs,
                     "rewards": self._scorer.fingerprints,
                     "tracker": tracker,
@@ -484,7 +413,7 @@ class Trainer:
         self._engine.wait()
 
     def _check_counts(self) -> None:
-        """Refuse counts that cannot work: of prompts per process, and of updates per inner epoch.
+        """Refuse counts that cannot work: of prompts per process, and of batches for the updates.
 
         Ranks hold equally many prompts: then no gather needs padding and every gradient has equal weight.
         """
@@ -493,28 +422,7 @@ class Trainer:
             count = getattr(self._curriculum, key)
             if count % world:
                 raise ConfigError(f"curriculum.{key}={count} must be a multiple of the {world} processes")
-        sizes = self._sampler.batch_sizes(self._curriculum.chosen // world)
-        batches = len(sizes)
-        per_epoch = self._schedule.updates_per_iteration // self._schedule.inner_epochs
-        if batches < per_epoch:
-            raise ConfigError(
-                f"updates_per_iteration={self._schedule.updates_per_iteration}: an inner epoch has only {batches} "
-                f"batches on each process for {per_epoch} updates; lower micro_batch or updates_per_iteration"
-            )
-        if world > 1 and batches % per_epoch:
-            raise ConfigError(
-                f"updates_per_iteration={self._schedule.updates_per_iteration}: with {world} processes the {batches} "
-                f"batches of each must be a multiple of the {per_epoch} updates of an inner epoch, or processes would "
-                "differ in how much they compute; change micro_batch or updates_per_iteration"
-            )
-        # Which batch goes to which update is drawn for each process: with other numbers of parts they would wait for
-        # each other's gradients, or weights, for ever.
-        if world > 1 and per_epoch > 1 and len({self._visits.parts(size) for size in sizes}) > 1:
-            raise ConfigError(
-                f"update_micro_batch={self._visits.states}: with {world} processes and {per_epoch} updates in an inner "
-                f"epoch, batches of {sizes[0]} and of {sizes[-1]} states must fall into equally many parts; set "
-                f"update_micro_batch={self._visits.rollout_states}, or a micro_batch that divides the states of each"
-            )
+        self._update.check_batches(self._sampler.batch_sizes(self._curriculum.chosen // world))
 
 
 def _share(rows: list[int], engine: Engine) -> list[int]:

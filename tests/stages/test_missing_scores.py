@@ -52,8 +52,8 @@ def moved(trainer: Trainer, reward: ShapesReward) -> tuple[torch.Tensor, Memory]
     """How far one step of plain gradient descent moves the weights, without clipping."""
     use_reward(trainer, reward)
     own = trainer._policy.parameters
-    trainer._optimizer = torch.optim.SGD(own, lr=1.0)
-    trainer._rates = LambdaLR(trainer._optimizer, lambda step: 1.0)
+    trainer._update._optimizer = torch.optim.SGD(own, lr=1.0)
+    trainer._update._rates = LambdaLR(trainer._update._optimizer, lambda step: 1.0)
     start = torch.cat([p.detach().clone().flatten() for p in own])
     memory = Memory()
     trainer.train(memory)
@@ -112,7 +112,7 @@ def test_an_update_without_a_usable_sample_moves_nothing_and_is_not_counted(tmp_
     trainer, _, _ = make_trainer(*settings, run_dir=tmp_path)
     # Three batches of each of the two groups: those of the first are empty in the second iteration.
     use_reward(trainer, Pixels(lambda number: number == EVALUATION_IMAGES + 4))
-    step, idle = trainer._optimizer_step, []
+    step, idle = trainer._update._step, []
 
     def watch(batches, conditions, advantages, usable, figures):
         before = _everything(trainer)
@@ -122,19 +122,19 @@ def test_an_update_without_a_usable_sample_moves_nothing_and_is_not_counted(tmp_
         else:
             assert not _same(before, _everything(trainer))
 
-    trainer._optimizer_step = watch  # type: ignore[method-assign]
+    trainer._update._step = watch  # type: ignore[method-assign]
     memory = Memory()
     trainer.train(memory)
     assert idle == [True] * 3
     assert [row["policy/updates"] for row in memory.training] == [6, 3]
-    assert trainer._rates.last_epoch == trainer._updates == 9
+    assert trainer._update._rates.last_epoch == trainer._update._updates == 9
     assert memory.training[1]["policy/first_ratio_deviation"] == 0  # of the first update that was made
 
 
 def _everything(trainer: Trainer) -> list[torch.Tensor]:
-    state = [value for own in trainer._optimizer.state.values() for value in own.values()]
+    state = [value for own in trainer._update._optimizer.state.values() for value in own.values()]
     average = trainer._policy.average.values()
-    rate = [torch.tensor(trainer._rates.last_epoch), torch.tensor(trainer._updates)]
+    rate = [torch.tensor(trainer._update._rates.last_epoch), torch.tensor(trainer._update._updates)]
     return [torch.as_tensor(v).detach().clone() for v in [*trainer._policy.parameters, *state, *average, *rate]]
 
 
@@ -158,7 +158,7 @@ def test_figures_of_an_update_are_means_over_the_transitions_trained_on(micro_ba
     """Of the samples 0 to 7 the first two are missing: with micro_batch=2 a whole batch, with 3 the most of one."""
     trainer, _, _ = make_trainer(*ONE_STEP, f"micro_batch={micro_batch}", run_dir=tmp_path)
     use_reward(trainer, Pixels(lambda number: EVALUATION_IMAGES <= number < EVALUATION_IMAGES + 2))
-    trainer._objective = Probe(trainer._objective)
+    trainer._update._objective = Probe(trainer._update._objective)
     memory = Memory()
     trainer.train(memory)
     assert memory.training[0]["policy/probe"] == pytest.approx((2 + 3 + 4 + 5 + 6 + 7) / 6)
@@ -183,7 +183,9 @@ def test_the_kl_is_that_of_the_samples_trained_on(tmp_path: Path) -> None:
     figures = []
     for shape, states in ((batch.of(kept), batch.prompt), (alone, batch.prompt[rows])):
         advantages = torch.zeros(len(shape.sample))
-        loss = trainer._objective.loss(parts.policy, shape, conditions[states], advantages, parts.sampler.sigma_max)
+        loss = trainer._update._objective.loss(
+            parts.policy, shape, conditions[states], advantages, parts.sampler.sigma_max
+        )
         figures.append(float(loss.metrics["policy/kl"]))
     assert figures[0] == pytest.approx(figures[1], rel=1e-3)
     assert figures[0] > 1e-6

@@ -166,8 +166,8 @@ def test_log_probs_and_losses_are_float32_whatever_the_network_gives(
     rollout = parts.sampler.roll_out(policy.velocity, conditions, prompts, None, 0)
     batch = rollout.transitions[0]
     advantages = torch.randn(len(batch.sample))
-    loss = trainer._objective.loss(policy, batch, conditions[batch.prompt], advantages, parts.sampler.sigma_max)
-    step = trainer._objective.transition.step(
+    loss = trainer._update._objective.loss(policy, batch, conditions[batch.prompt], advantages, parts.sampler.sigma_max)
+    step = trainer._update._objective.transition.step(
         batch.x, velocity(batch.x, batch.sigma, conditions[batch.prompt]), batch.sigma, batch.sigma_next, 0.5
     )
     assert given == {torch.bfloat16}

@@ -107,11 +107,11 @@ def test_the_host_never_waits_for_the_device_between_two_optimizer_steps(
     monkeypatch.setattr(parts.sampler, "_sigmas", parts.sampler._sigmas.to(DEVICE))
     norms = []
     monkeypatch.setattr(engine, "step", lambda *_, **__: norms.append(1.0) or 1.0)
-    monkeypatch.setattr(trainer._rates, "step", lambda: None)
+    monkeypatch.setattr(trainer._update._rates, "step", lambda: None)
     monkeypatch.setattr(Figures, "reduced", lambda *_: {})  # read when all steps are made
     with NoHostSync():
         rollout = parts.sampler.roll_out(parts.policy.velocity, conditions, prompts, None, 0)
-        trainer._update(rollout.transitions, conditions, torch.ones(4), torch.ones(4, dtype=torch.bool), 0)
+        trainer._update.make(rollout.transitions, conditions, torch.ones(4), torch.ones(4, dtype=torch.bool), 0)
     assert len(norms) == 2
 
 

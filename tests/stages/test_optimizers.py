@@ -44,7 +44,7 @@ def test_a_resumed_run_of_the_8_bit_optimizer_equals_an_uninterrupted_one(tmp_pa
     assert resumed.train(Memory()) == "completed"
     for one, other in zip(parts.policy.parameters, others.policy.parameters, strict=True):
         assert torch.equal(one, other)
-    states = [straight._optimizer.state[p] for p in parts.policy.parameters]
+    states = [straight._update._optimizer.state[p] for p in parts.policy.parameters]
     weights = sum(p.numel() for p in parts.policy.parameters)
     assert sum(state[name].nbytes for state in states for name in ("state1", "state2")) < 2.2 * weights  # 8 with AdamW
     assert all(state["state1"].dtype == torch.uint8 for state in states if state["state1"].numel() >= 4096)

@@ -113,7 +113,7 @@ def test_network_evaluations_equal_the_closed_formula(overrides: str, tmp_path: 
 def test_exactly_the_configured_number_of_optimizer_steps_is_made(updates: int, tmp_path: Path) -> None:
     trainer, parts, _ = make_trainer(f"updates_per_iteration={updates}", "micro_batch=2", run_dir=tmp_path)
     trainer.train(Memory())
-    (state,) = {int(s["step"]) for s in trainer._optimizer.state.values()}
+    (state,) = {int(s["step"]) for s in trainer._update._optimizer.state.values()}
     assert state == 2 * updates
     assert all(parameter.grad is None for parameter in parts.policy.parameters)  # none reaches the next update
 
@@ -152,7 +152,7 @@ def test_an_anchor_shared_by_its_group_has_the_gradient_of_replicated_anchors(tm
     )
     gradients = []
     for shape in (batch, replicated):
-        loss = trainer._objective.loss(policy, shape, conditions[shape.prompt], advantages, sampler.sigma_max)
+        loss = trainer._update._objective.loss(policy, shape, conditions[shape.prompt], advantages, sampler.sigma_max)
         grads = torch.autograd.grad(loss.value, policy.parameters, allow_unused=True)
         gradients.append(torch.cat([g.flatten() for g in grads if g is not None]))
     assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 1e-5
@@ -282,7 +282,7 @@ def test_batches_of_several_processes_must_fall_into_equally_many_parts(
     monkeypatch.setattr(type(engine), "world_size", 2)
     with pytest.raises(ConfigError, match=rf"update_micro_batch=2: with 2 processes .* batches of {states} states"):
         trainer._check_counts()
-    trainer._visits = replace(trainer._visits, states=4)
+    trainer._update._visits = replace(trainer._update._visits, states=4)
     trainer._check_counts()
 
 
@@ -352,8 +352,8 @@ def _reward_pixels(trainer) -> None:
 
 def _use_sgd(trainer, parts) -> None:
     """Steps proportional to the gradient: AdamW's first step has one size whatever the gradient is."""
-    trainer._optimizer = torch.optim.SGD(parts.policy.parameters, lr=1.0)
-    trainer._rates = LambdaLR(trainer._optimizer, lambda step: 1.0)
+    trainer._update._optimizer = torch.optim.SGD(parts.policy.parameters, lr=1.0)
+    trainer._update._rates = LambdaLR(trainer._update._optimizer, lambda step: 1.0)
 
 
 def test_the_learning_rate_rises_and_falls_as_set(tmp_path: Path) -> None:

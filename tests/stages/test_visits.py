@@ -135,12 +135,12 @@ def test_an_update_in_parts_has_the_gradient_of_the_whole(tmp_path: Path) -> Non
     for states in (4, 3):
         trainer, parts, _ = make_trainer("plan=branch", "plan.at=[0,2]", *ONE_IMAGE, run_dir=tmp_path)
         use_reward(trainer, Pixels())
-        trainer._visits = replace(trainer._visits, states=states)
+        trainer._update._visits = replace(trainer._update._visits, states=states)
 
         def keep(*_: Any, parts: Any = parts) -> None:
             gradients.append(torch.cat([p.grad.flatten() for p in parts.policy.parameters if p.grad is not None]))
 
-        trainer._optimizer.register_step_pre_hook(keep)
+        trainer._update._optimizer.register_step_pre_hook(keep)
         assert trainer._train_once(0)["nfe/training"] == 4  # parts, not repetitions
     assert gradients[0].norm() > 0
     assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5

@@ -97,7 +97,7 @@ def _trained(variant: str, engine: str, processes: int, folder: Path) -> dict[st
             "rows": memory.rows,
             "prompts": [[(p.prompt_id, p.score, p.chosen) for p in drawn] for drawn in memory.prompts],
             "tensors": parts.policy.state_dict(),
-            "optimizer": made.optimizer_state(trainer._optimizer),
+            "optimizer": made.optimizer_state(trainer._update._optimizer),
         }
         exported = parts.policy.exported()
         if made.is_main:
@@ -120,8 +120,8 @@ def _restored(engine: Any, trainer: Any, parts: Any, saved: dict[str, Any]) -> b
     before = [saved["tensors"], saved["optimizer"]["state"]]
     for change in (lambda value: value + 1, lambda value: value):
         parts.policy.load_state_dict(_each(change, saved["tensors"]))
-        engine.load_optimizer_state(trainer._optimizer, _each(change, saved["optimizer"]))
-        now = [parts.policy.state_dict(), engine.optimizer_state(trainer._optimizer)["state"]]
+        engine.load_optimizer_state(trainer._update._optimizer, _each(change, saved["optimizer"]))
+        now = [parts.policy.state_dict(), engine.optimizer_state(trainer._update._optimizer)["state"]]
         same = engine.is_main and all(torch.equal(a, b) for a, b in zip(_tensors(now), _tensors(before), strict=True))
         if engine.is_main and same != (change(0) == 0):
             return False

@@ -67,7 +67,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(plan: 
     settings = ["iterations=4", "checkpoint.every=2", "evaluation.every=2", f"plan={plan}"]
     settings += ["lr_schedule.warmup_iterations=1", "lr_schedule.anneal_iterations=2"]
     succeed(*settings, f"hydra.run.dir={tmp_path / 'straight'}")
-    in_the_fourth = Strike("_update", 4, end_oneself)
+    in_the_fourth = Strike("_advantages", 4, end_oneself)
     killed = begin(*settings, f"hydra.run.dir={tmp_path / 'killed'}", strike=in_the_fourth)
     assert killed.wait() == [-signal.SIGKILL], killed.said()
     assert max(row["iteration"] for row in rows(tmp_path / "killed")) == 3
