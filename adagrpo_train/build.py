@@ -210,6 +210,7 @@ def make_tracker(settings: Settings, run_dir: Path, snapshot: Snapshot | None) -
             run_dir=run_dir,
             name=settings.values["name"] or _default_name(settings),
             config=settings.values,
+            choices=settings.choices,
             total_iterations=settings.values["iterations"],
             first_iteration=snapshot.iteration if snapshot else 0,
             tracker_state=snapshot.state["tracker"] if snapshot else {},

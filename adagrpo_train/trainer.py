@@ -23,6 +23,7 @@ from adagrpo_train.scoring.scorer import Scorer
 from adagrpo_train.types import (
     Conditions,
     Images,
+    JudgedSamples,
     Prompts,
     Rollout,
     Scores,
@@ -217,7 +218,7 @@ class Trainer:
             scores = collector.scores()
         if too_many := self._scorer.excess(scores):
             return self._skip(too_many)
-        advantages, usable, metrics = self._advantages(scores, rollout, choice)
+        advantages, usable, metrics = self._advantages(scores, rollout, choice, iteration)
         if not metrics:
             return self._skip(f"no group has enough scores to be compared; {scores.reason}")
         with self._timer.stage("update"):
@@ -296,7 +297,7 @@ class Trainer:
         return {"reward/skipped": 1.0}
 
     def _advantages(
-        self, scores: Scores, rollout: Rollout, choice: "_Choice"
+        self, scores: Scores, rollout: Rollout, choice: "_Choice", iteration: int
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Advantages [N] of this rank's samples, computed over the samples of all ranks, and which may be used [N].
 
@@ -318,7 +319,11 @@ class Trainer:
         if bool(kept.any()):
             assert level is not None  # it has just followed these samples, or their candidates
             advantages[kept] += self._advantage.across(scores.total[kept], group[here][kept], level)
-        metrics = sample_figures(rewards, parts, group, usable, local, engine.gather(advantages), level)
+        fused = engine.gather(advantages)
+        metrics = sample_figures(rewards, parts, group, usable, local, fused, level)
+        if self._tracker:
+            judged = JudgedSamples(*(values[usable] for values in (rewards, group, local, fused)), level)
+            self._tracker.log_advantages(judged, iteration + 1)
         metrics |= choice.figures or self._scorer.follow(parts, usable)
         return advantages, kept, metrics
 

@@ -194,12 +194,24 @@ class SelectedPrompt:
 
 
 @dataclass(frozen=True)
+class JudgedSamples:
+    """The samples of one iteration that are trained on, as they were judged, for logs."""
+
+    reward: Tensor  # [n] reward units
+    group: Tensor  # [n] int64
+    local: Tensor  # [n] advantage against the group alone
+    fused: Tensor  # [n] advantage as it enters the loss
+    level: Level | None  # what the global part compared with; None without one
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """What a tracker needs to know about a run."""
 
     run_dir: Path
     name: str
     config: dict[str, Any]  # resolved, plain containers
+    choices: dict[str, str]  # config group -> chosen option
     total_iterations: int
     first_iteration: int  # 0, or the iteration a resumed run continues from
     tracker_state: dict[str, Any]  # what state_dict() gave at the checkpoint; {} for a new run

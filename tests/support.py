@@ -116,6 +116,8 @@ class Memory:
     def log_prompts(self, rows: list[SelectedPrompt], iteration: int) -> None:
         self.prompts.append(rows)
 
+    def log_advantages(self, samples: Any, iteration: int) -> None: ...
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 

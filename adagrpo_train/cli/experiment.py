@@ -125,7 +125,7 @@ def _tell(folder: Path, study: "Study", everything: list["Run"]) -> int:
     results = write_results(folder, study, everything)
     for finding in results["findings"]:
         _say(f"- {finding}")
-    _say(f"results: {folder / 'results.md'}")
+    _say(f"report: {folder / 'report.html'}")
     return 0
 
 

@@ -10,12 +10,15 @@ from adagrpo_train.experiments.analysis import analyse
 from adagrpo_train.experiments.ledger import origins_of
 from adagrpo_train.experiments.runner import finished
 from adagrpo_train.experiments.study import Run, Study, as_values
+from adagrpo_train.reports.study_page import write_study_page, write_study_pictures
 from adagrpo_train.runtime.files import write_whole
 from adagrpo_train.tracking.records import read_rows
 
 
 def write_results(folder: Path, study: Study, runs: list[Run]) -> dict[str, Any]:
-    """Write results.json and results.md into the folder of a study, from the records of its finished runs alone.
+    """Write results.json, results.md, report.html and figures/ into the folder of a study.
+
+    All of it is made of the records of the finished runs alone.
 
     Returns:
         What results.json holds.
@@ -35,6 +38,8 @@ def write_results(folder: Path, study: Study, runs: list[Run]) -> dict[str, Any]
     }
     write_whole(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
     write_whole(folder / "results.md", _markdown(results))
+    write_study_page(results, folder / "report.html")
+    write_study_pictures(results, folder / "figures")
     return results
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from adagrpo_train.interfaces import Tracker
-from adagrpo_train.types import RunInfo, SelectedPrompt
+from adagrpo_train.types import JudgedSamples, RunInfo, SelectedPrompt
 
 
 class CompositeTracker:
@@ -38,6 +38,11 @@ class CompositeTracker:
         for tracker in self._trackers:
             with _Named(tracker):
                 tracker.log_prompts(rows, iteration)
+
+    def log_advantages(self, samples: JudgedSamples, iteration: int) -> None:
+        for tracker in self._trackers:
+            with _Named(tracker):
+                tracker.log_advantages(samples, iteration)
 
     def state_dict(self) -> dict[str, Any]:
         merged: dict[str, Any] = {}

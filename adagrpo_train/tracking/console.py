@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from adagrpo_train.tracking.records import missing_scores
-from adagrpo_train.types import RunInfo, SelectedPrompt
+from adagrpo_train.types import JudgedSamples, RunInfo, SelectedPrompt
 
 _FIGURES = (
     ("reward", "reward/mean", ".3f"),
@@ -73,6 +73,9 @@ class ConsoleTracker:
 
     def log_prompts(self, rows: list[SelectedPrompt], iteration: int) -> None:
         """Prompts are for the other trackers."""
+
+    def log_advantages(self, samples: JudgedSamples, iteration: int) -> None:
+        """Single samples are for the local record."""
 
     def state_dict(self) -> dict[str, Any]:
         """The first evaluation, which changes are counted from."""

@@ -3,25 +3,25 @@
 import dataclasses
 import json
 import math
-import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adagrpo_train import __version__
+from adagrpo_train.tracking.environment import environment
 from adagrpo_train.tracking.images import save_grid
 from adagrpo_train.tracking.records import keep_until
-from adagrpo_train.types import RunInfo, SelectedPrompt
+from adagrpo_train.types import JudgedSamples, RunInfo, SelectedPrompt
 
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 _LABELLED_PIXELS = 256  # captions under wider images would be long lines of tiny print
+_MAPS, _MAP_SAMPLES = 8, 384
 
 
 class JsonlTracker:
-    """Writes metrics.jsonl, prompts.jsonl, images/, config.yaml and environment.json into the run folder.
+    """Writes metrics.jsonl, prompts.jsonl, advantages.jsonl, images/ and what the run is into the run folder.
+
+    The last is config.yaml, choices.json (config group -> chosen option) and environment.json.
 
     A resumed run drops what was recorded after its checkpoint, a half-written last line included, so that its
     files are those of an uninterrupted run.
@@ -30,14 +30,16 @@ class JsonlTracker:
     def start(self, run: RunInfo) -> None:
         self._dir = run.run_dir
         (self._dir / "images").mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "prompts.jsonl"):
+        for name in ("metrics.jsonl", "prompts.jsonl", "advantages.jsonl"):
             keep_until(self._dir / name, run.first_iteration)
         for path in (*self._dir.glob("images/*_*.png"), *self._dir.glob("evaluations/*.jsonl")):
             numbered = re.fullmatch(r"(?:.*_)?(\d{6,})", path.stem)
             if numbered and int(numbered[1]) > run.first_iteration:
                 path.unlink()
         _write_config(self._dir / "config.yaml", run.config)
-        (self._dir / "environment.json").write_text(json.dumps(_environment(), indent=1), encoding="utf-8")
+        (self._dir / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+        (self._dir / "choices.json").write_text(json.dumps(run.choices, indent=1), encoding="utf-8")
+        self._map_every, self._last = max(1, run.total_iterations // _MAPS), run.total_iterations
 
     def log(self, metrics: dict[str, float], iteration: int) -> None:
         self._append("metrics.jsonl", [{"iteration": iteration} | metrics])
@@ -48,6 +50,17 @@ class JsonlTracker:
 
     def log_prompts(self, rows: list[SelectedPrompt], iteration: int) -> None:
         self._append("prompts.jsonl", [{"iteration": iteration} | dataclasses.asdict(row) for row in rows])
+
+    def log_advantages(self, samples: JudgedSamples, iteration: int) -> None:
+        """A few hundred samples of the first, the last and about eight iterations in between: enough for a picture."""
+        if iteration % self._map_every and iteration not in (1, self._last):
+            return
+        columns = {
+            name: [round(value, 5) for value in getattr(samples, name)[:_MAP_SAMPLES].tolist()]
+            for name in ("reward", "group", "local", "fused")
+        }
+        level = samples.level.mean if samples.level else None
+        self._append("advantages.jsonl", [{"iteration": iteration, "level": level} | columns])
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -69,16 +82,3 @@ def _write_config(path: Path, config: dict[str, Any]) -> None:
     from omegaconf import OmegaConf
 
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(config)), encoding="utf-8")
-
-
-def _environment() -> dict[str, str]:
-    """What the run was made with; the report may be drawn elsewhere, later."""
-    packages = {"adagrpo-train": __version__} | {name: _version(name) for name in _PACKAGES}
-    return {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()} | packages
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -14,7 +14,7 @@ from urllib.request import getproxies, proxy_bypass
 import numpy as np
 
 from adagrpo_train.errors import ConfigError
-from adagrpo_train.types import RunInfo, SelectedPrompt
+from adagrpo_train.types import JudgedSamples, RunInfo, SelectedPrompt
 
 _logger = logging.getLogger(__name__)
 _Mode = Literal["online", "offline", "disabled"]
@@ -78,6 +78,9 @@ class WandbTracker:
             if row.chosen:
                 table.add_data(row.text, row.group, row.score, row.level)
         self._write({"curriculum/selected_prompts": table}, iteration)
+
+    def log_advantages(self, samples: JudgedSamples, iteration: int) -> None:
+        """Single samples are for the local record."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"wandb_run_id": self._run.id}

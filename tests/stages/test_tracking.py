@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from adagrpo_train.tracking.console import ConsoleTracker
@@ -19,7 +20,7 @@ from adagrpo_train.tracking.images import image_grid
 from adagrpo_train.tracking.jsonl import JsonlTracker
 from adagrpo_train.tracking.report import write_report
 from adagrpo_train.tracking.wandb import WandbTracker
-from adagrpo_train.types import RunInfo, SelectedPrompt
+from adagrpo_train.types import JudgedSamples, Level, RunInfo, SelectedPrompt
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
 CAPTIONS = ["a red circle", "two blue squares", "a small green triangle left of a large yellow square"]
@@ -31,7 +32,7 @@ METRICS = {
 
 
 def run_info(run_dir: Path, first: int = 0, **changes: Any) -> RunInfo:
-    return RunInfo(**({"run_dir": run_dir, "name": "a run", "config": {"seed": 0}, "total_iterations": 5,
+    return RunInfo(**({"run_dir": run_dir, "name": "a run", "config": {"seed": 0}, "choices": {}, "total_iterations": 5,
                        "first_iteration": first, "tracker_state": {}} | changes))  # fmt: skip
 
 
@@ -86,6 +87,32 @@ def test_a_new_run_in_an_old_folder_starts_empty(tmp_path: Path) -> None:
     recorded(tmp_path)
     JsonlTracker().start(run_info(tmp_path))
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_samples_of_a_few_iterations_are_kept_with_both_of_their_advantages(tmp_path: Path) -> None:
+    tracker = JsonlTracker()
+    tracker.start(run_info(tmp_path, total_iterations=100, choices={"experiment": "x"}))
+    numbers = torch.tensor([0.25, -0.5])
+    for iteration in range(1, 101):
+        tracker.log_advantages(
+            JudgedSamples(numbers, torch.tensor([0, 1]), 2 * numbers, -numbers, Level(0.75, 0.5)), iteration
+        )
+    kept = lines(tmp_path / "advantages.jsonl")
+    assert [row["iteration"] for row in kept] == [1, 12, 24, 36, 48, 60, 72, 84, 96, 100]
+    columns = {"reward": [0.25, -0.5], "group": [0, 1], "local": [0.5, -1.0], "fused": [-0.25, 0.5]}
+    assert kept[0] == {"iteration": 1, "level": 0.75} | columns
+    JsonlTracker().start(run_info(tmp_path, first=40, total_iterations=100))
+    assert lines(tmp_path / "advantages.jsonl")[-1]["iteration"] == 36
+
+
+def test_a_record_says_what_the_run_was_made_with_and_on(tmp_path: Path) -> None:
+    JsonlTracker().start(run_info(tmp_path, choices={"experiment": "x"}))
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert {"system", "processor", "cores", "memory", "gpus", "processes", "commit", "python", "torch"} <= set(
+        environment
+    )
+    assert all(isinstance(value, str) and value for value in environment.values())
+    assert json.loads((tmp_path / "choices.json").read_text()) == {"experiment": "x"}
 
 
 def test_grids_show_every_image_in_its_place() -> None:

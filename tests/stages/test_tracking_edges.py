@@ -28,7 +28,14 @@ CAPTIONS = [f"caption {number}" for number in range(9)]
 
 
 def run_info(run_dir: Path, **changes: Any) -> RunInfo:
-    settings = {"run_dir": run_dir, "name": "a run", "config": {}, "total_iterations": 40, "first_iteration": 0}
+    settings = {
+        "run_dir": run_dir,
+        "name": "a run",
+        "config": {},
+        "choices": {},
+        "total_iterations": 40,
+        "first_iteration": 0,
+    }
     return RunInfo(**(settings | {"tracker_state": {}} | changes))
 
 

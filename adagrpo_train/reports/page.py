@@ -1,0 +1,30 @@
+"""What all pages share: their templates, and words for numbers."""
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+
+def render(template: str, **values: Any) -> str:
+    """A page as HTML. Everything is escaped but what is Markup; a value that a template lacks is an error."""
+    environment = Environment(
+        loader=PackageLoader("adagrpo_train.reports", "templates"),
+        autoescape=select_autoescape(default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits its length."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def short_commit(commit: str | None) -> str:
+    """The first twelve digits, and what is said after them; "" of none."""
+    digits, _, rest = (commit or "").partition(" ")
+    return f"{digits[:12]} {rest}".strip()
