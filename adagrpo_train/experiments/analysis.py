@@ -185,10 +185,12 @@ def _adjusted(compared: Sequence[tuple[str, str, Comparison]]) -> list[_Compared
 
 
 def _found(comparison: Comparison, p: float) -> bool:
-    return comparison.found and p < ALPHA
+    return comparison.seeds > 1 and comparison.found and p < ALPHA
 
 
 def _verdict(comparison: Comparison, p: float) -> str:
+    if comparison.seeds < 2:
+        return "one seed says nothing about others"
     if not _found(comparison, p):
         return "no difference found"
     return "higher" if comparison.difference > 0 else "lower"

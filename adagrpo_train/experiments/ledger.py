@@ -9,7 +9,7 @@ from adagrpo_train.experiments.provenance import provenance
 from adagrpo_train.experiments.study import Study, as_values
 from adagrpo_train.runtime.files import write_whole
 
-_FREE = ("seeds", "analyses", "question")
+_FREE = ("seeds", "analyses", "question", "published")
 """What may change: how many runs there are, and what is said about them."""
 
 

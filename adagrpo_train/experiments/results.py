@@ -28,7 +28,7 @@ def write_results(folder: Path, study: Study, runs: list[Run]) -> dict[str, Any]
     missing = [f"{len(runs) - len(done)} of {len(runs)} runs are not finished"] if len(done) < len(runs) else []
     results = {
         "study": folder.name,
-        "question": study.question,
+        "question": f"{study.question} {study.published}".strip(),
         "provenance": _provenance(folder, done),
         "findings": missing + said.findings,
         "panels": said.panels,

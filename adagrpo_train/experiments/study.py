@@ -44,6 +44,7 @@ class Study:
 
     Attributes:
         question: in words.
+        published: what others have found, in words.
         overrides: settings of every run, as on the command line of training.
         factors: factor -> level -> its settings. Every combination of levels is an arm.
         compare: the factor whose levels are compared, within each combination of the other ones.
@@ -59,6 +60,7 @@ class Study:
     against: str
     seeds: int
     analyses: list[Analysis]
+    published: str = ""
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,14 @@ def test_a_planted_difference_is_found_where_it_is_and_only_there(tmp_path: Path
     assert any("ahead in" in finding and "of 2 cells" in finding for finding in results.findings)
 
 
+def test_a_single_seed_claims_nothing(tmp_path: Path) -> None:
+    study = _study(seeds=1)
+    for run in runs(study, tmp_path):
+        _record(run, 1.0 * run.arm.name.endswith("boundary"))
+    table = analyse(study, runs(study, tmp_path)).tables[1]
+    assert [row[-1] for row in table["rows"]] == ["one seed says nothing about others"] * 2
+
+
 def test_equal_compute_takes_away_what_was_only_bought(tmp_path: Path) -> None:
     # boundary gains a fifth more and spends a fifth more on candidates: per iteration it is ahead, per evaluation not.
     factors = {"curriculum": _study().factors["curriculum"]}
