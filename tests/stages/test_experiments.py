@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from adagrpo_train.cli.experiment import main
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.experiments import ledger
 from adagrpo_train.experiments.analysis import analyse
@@ -218,3 +219,20 @@ def test_the_time_of_a_study_is_that_of_its_runs_beside_each_other(tmp_path: Pat
     pace = Pace(start=5.0, iteration=2.0, evaluation=1.0)
     # 10 iterations, evaluations before, after 4 and 8, and at the end.
     assert study_seconds(runs(study, tmp_path), pace, Budget(2, 0, 1)) == 8 * (5 + 20 + 4) / 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["selektion"], "did you mean selection"),
+        (["selection", "iteratons=5"], "arm random: unknown key 'iteratons'; did you mean iterations?"),
+        (["selection", "--processes", "3", "--cores", "2"], "raise --cores"),
+        (["selection", "--seeds", "0"], "seeds=0 must be >= 1"),
+    ],
+)
+def test_the_command_names_what_is_wrong_before_anything_runs(
+    tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
