@@ -1,6 +1,7 @@
 """Studies: what they consist of, what is made of their records, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,14 @@ def test_the_command_names_what_is_wrong_before_anything_runs(
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_study_that_the_page_shows_can_be_run(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "adagrpo_train/experiments/README.md").read_text()
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    study = read_study(str(path), overrides=[], seeds=None)
+    assert {analysis.kind for analysis in study.analyses} == {"final", "curve", "equal", "training"}
+    for arm in arms(study):
+        read_settings(list(arm.overrides))
