@@ -41,7 +41,7 @@ def _map(row: Row) -> Markup:
     kept, changed = ([point for point in everyone if _changed(point) == kind] for kind in (False, True))
     reach = min(max(abs(point[axis]) for point in everyone) for axis in (0, 1))
     chart = cloud_chart(
-        [Cloud(_LABELS[0], kept, _KEPT), Cloud(_LABELS[1], changed, _CHANGED)],
+        [Cloud(_LABELS[0], kept, _KEPT), Cloud(_LABELS[1], changed, _CHANGED, "strong")],
         [Path("", [(-reach, reach), (reach, -reach)], "var(--soft)", "dashed")],
         title=f"Advantages of iteration {row['iteration']}",
         text=f"Of {len(everyone)} samples {len(changed)} have another sign after fusion than against their group.",

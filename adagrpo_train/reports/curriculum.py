@@ -8,7 +8,7 @@ from markupsafe import Markup
 from adagrpo_train.reports.charts.clouds import Cloud, Path, cloud_chart
 from adagrpo_train.reports.charts.lines import Line, line_chart
 from adagrpo_train.reports.charts.shares import class_keys, share_chart
-from adagrpo_train.reports.charts.svg import HALF, legend_of
+from adagrpo_train.reports.charts.svg import HALF, NARROW, legend_of
 from adagrpo_train.reports.rows import Records, Row, points, spread
 
 _SHARE_COLUMNS, _PROMPT_ROWS, _STRIP_ITERATIONS = 24, 12, 120
@@ -48,7 +48,7 @@ def _strip(prompts: Sequence[Row]) -> Markup:
         title="Candidates over the run by their reward",
         text=f"Of {len(scored)} candidates {sum(row['chosen'] for row in scored)} were chosen. {_means(scored)}",
         x_label="iteration",
-        y_label="reward of one noise-free image: low is hard, high is easy",
+        y_label="reward (low: hard, high: easy)",
         whole=True,
     )
     return chart.inline() if chart else Markup()
@@ -87,7 +87,7 @@ def _shares(prompts: Sequence[Row], labels: Sequence[str], *, chosen: bool) -> M
     columns = [(column * width + 1, [counts[column][label] for label in labels]) for column in sorted(counts)]
     kind = "chosen prompts" if chosen else "candidates"
     chart = share_chart(columns, labels, title=f"Difficulty classes of the {kind}")
-    return chart.inline(HALF, legend=False) if chart else Markup()
+    return chart.inline(HALF, NARROW, legend=False) if chart else Markup()
 
 
 def _distance(row: Row) -> float | None:

@@ -40,7 +40,7 @@ def health_values(records: Records) -> Row:
         lines = [Line(label or title, points(records.metrics, name)) for name, label in names.items()]
         lines = [line for line in lines if line.points]
         if lines and not any(y for line in lines for _, y in line.points):
-            zeros.append(title.lower())
+            zeros.append(title)
         elif chart := line_chart(lines, title=title):
             charts.append(figure(title, chart.inline(SMALL)))
     first = [y for _, y in points(records.training, "policy/first_ratio_deviation")]

@@ -56,7 +56,7 @@ def test_a_map_colours_the_samples_whose_sign_changed(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert "iteration 1: 2 of 4 changed" in page and "iteration 2: 1 of 4 changed" in page
     assert "Of 8 recorded samples 3 changed their sign: 1 that beat their group are held back, 2 that fell" in page
-    dots = re.findall(r'<path class="dots cloud" d="([^"]+)" stroke="var\(--s(\d)\)"', page)
+    dots = re.findall(r'<path class="dots \w+" d="([^"]+)" stroke="var\(--s(\d)\)"', page)
     assert [(colour, drawn.count("M")) for drawn, colour in dots] == [("1", 2), ("5", 2), ("1", 3), ("5", 1)]
 
 
@@ -106,7 +106,7 @@ def test_alarms_come_first_and_figures_of_health_are_shown_by_what_is_recorded(t
     assert "False positives against the level. group alone: 0.5 at iteration 1" in page
     assert "after fusion: 0.25 at iteration 1" in page
     assert "Diversity inside groups: 0.125 at iteration 1" in page and "hacking streak: 1 at iteration 1" in page
-    assert "0 in every iteration: kl to the reference" in page
+    assert "0 in every iteration: KL to the reference" in page
 
 
 def test_without_an_alarm_there_is_none(tmp_path: Path) -> None:

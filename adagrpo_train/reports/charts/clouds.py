@@ -15,7 +15,7 @@ class Cloud:
 
     Attributes:
         colour: of the style sheet, "var(--s1)".
-        style: "cloud", or "haze" for what lies in the background.
+        style: "cloud"; "haze" for what lies in the background, "strong" for a few points that matter.
     """
 
     label: str
@@ -83,6 +83,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, flo
 def _dots(cloud: Cloud, frame: Frame, width: float) -> str:
     """Lines of no length with round ends."""
     places = "".join(f"M{frame.x(x):.0f} {frame.y(y):.0f}h0" for x, y in cloud.points)
+    width += 2 if cloud.style == "strong" else 0
     return f'<path class="dots {cloud.style}" d="{places}" stroke="{cloud.colour}" stroke-width="{width}"/>'
 
 

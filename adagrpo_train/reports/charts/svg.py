@@ -23,8 +23,8 @@ class Size:
     shown: str
 
 
-WIDE, NARROW = Size(960, 310, "wide"), Size(400, 260, "narrow")
-HALF, SMALL = Size(460, 250, "always"), Size(340, 190, "always")
+WIDE, HALF, NARROW = Size(960, 310, "wide"), Size(480, 270, "wide"), Size(350, 240, "narrow")
+SMALL = Size(340, 190, "always")
 RESPONSIVE = (WIDE, NARROW)
 
 
@@ -92,7 +92,7 @@ class Frame:
         percent: bool = False,
     ) -> None:
         self._x_label, self._y_label, self._size = x_label, y_label, size
-        across = max(3, size.width // 95)
+        across = max(4, size.width // 95)
         self._x_ticks = ticks(*x, across, smallest=1.0 if whole else 0.0)
         self._y_ticks = ticks(*y, 6 if size.height > 200 else 4)
         if percent:
