@@ -31,7 +31,7 @@ def before_and_after(records: Records) -> list[Row]:
         gain, error = score.get("gain", score["after"] - score["before"]), score.get("standard_error")
         clear = error is not None and abs(gain) > 2 * error
         tone = ("good" if gain > 0 else "bad") if clear else "soft"
-        scores.append({**score, "name": name, "gain": gain, "standard_error": error, "tone": tone, "clear": clear})
+        scores.append({**score, "name": name, "gain": gain, "standard_error": error, "tone": tone, "certain": clear})
     return scores
 
 

@@ -133,7 +133,9 @@ def test_a_report_of_a_killed_run_leaves_out_the_half_line_and_compares_without_
 def test_a_gain_within_two_standard_errors_is_not_coloured(tmp_path: Path, gain: float, tone: str) -> None:
     score = {"before": 0.4, "after": 0.4 + gain, "gain": gain, "standard_error": 0.02}
     (tmp_path / "summary.json").write_text(json.dumps({"images": 7, "heldout": {"strict": score}}))
-    assert f'class="{tone}"' in write_report(tmp_path).read_text()
+    page = write_report(tmp_path).read_text()
+    assert f'class="{tone}"' in page
+    assert ("within two standard errors of no change" in page) == (tone == "gain soft")
 
 
 def test_a_held_out_reward_that_never_answered_is_left_out_of_the_report(tmp_path: Path) -> None:
