@@ -33,7 +33,7 @@ IMPORTS = [
     "adagrpo_train.cli.evaluate",
     "adagrpo_train.cli.train",
     "adagrpo_train.build",
-    "adagrpo_train.tracking.report",
+    "adagrpo_train.reports.run_page",
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
     "peft.tuners",
     "scipy.stats",

@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(settings: Settings, engine: "Engine") -> None:
     from adagrpo_train import build, continuation
+    from adagrpo_train.reports.run_page import write_report
     from adagrpo_train.runtime.files import whole_folder
-    from adagrpo_train.tracking.report import write_report
 
     snapshot = continuation.open_snapshot(settings, engine)
     if snapshot:

@@ -23,13 +23,12 @@ from adagrpo_train.errors import ConfigError
 from adagrpo_train.reports.charts.dots import Estimate, dot_chart
 from adagrpo_train.reports.charts.lines import Line, line_chart
 from adagrpo_train.reports.charts.standalone import standalone_svg
-from adagrpo_train.reports.charts.svg import NARROW, Chart, Size
+from adagrpo_train.reports.charts.svg import HALF, NARROW, WIDE, Chart
 from adagrpo_train.reports.page import duration, render, short_commit
 from adagrpo_train.reports.tables import Table
 from adagrpo_train.runtime.files import write_whole
 
 _KEYS = ("study", "question", "provenance", "findings", "panels", "bars", "tables", "settings")
-_WIDE, _HALF = Size(960, 340, "wide"), Size(480, 290, "wide")
 
 
 def read_results(study_dir: Path) -> dict[str, Any]:
@@ -101,7 +100,7 @@ def bar_chart(bar: Mapping[str, Any]) -> Chart | None:
 
 
 def _shown(section: Mapping[str, Any], chart: Chart | None, *, alone: bool) -> dict[str, Any]:
-    sizes = (_WIDE if alone else _HALF, NARROW)
+    sizes = (WIDE if alone else HALF, NARROW)
     return {"title": section["title"], "note": section["note"], "chart": chart.inline(*sizes) if chart else ""}
 
 

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,7 +19,8 @@ _UNKNOWN = "unknown"
 def environment() -> dict[str, str]:
     """Names and values for people; a value that cannot be found is "unknown"."""
     packages = {"adagrpo-train": __version__} | {name: _version(name) for name in _PACKAGES}
-    return _hardware() | {"commit": _commit(), "python": platform.python_version()} | packages
+    here = {"date": datetime.now(UTC).date().isoformat(), "commit": _commit(), "python": platform.python_version()}
+    return _hardware() | here | packages
 
 
 def _hardware() -> dict[str, str]:

@@ -86,7 +86,8 @@ def test_a_band_spans_its_interval_and_a_curve_without_one_has_none() -> None:
 
 def test_dots_whose_interval_includes_zero_are_hollow_and_zero_has_a_line(tmp_path: Path) -> None:
     page = page_of(RESULTS | {"panels": []}, tmp_path)
-    assert page.count('<circle class="ring"') == 2  # one estimate in two sizes
+    dots = re.findall(r'<circle (class="ring"|fill)', page)
+    assert dots == ["fill", 'class="ring"', "fill"] * 2  # in two sizes
     assert page.count('<line class="whisker"') == 4
     assert page.count('<line class="zero"') == 2
 

@@ -14,13 +14,14 @@ from PIL import Image
 from rich.console import Console
 
 from adagrpo_train.errors import CheckpointError, ConfigError
+from adagrpo_train.reports.charts.lines import Line, line_chart
+from adagrpo_train.reports.charts.svg import SMALL
+from adagrpo_train.reports.run_page import write_report
 from adagrpo_train.tracking import wandb as wandb_tracker
-from adagrpo_train.tracking.chart import SMALL, Line, line_chart
 from adagrpo_train.tracking.composite import CompositeTracker
 from adagrpo_train.tracking.console import ConsoleTracker
 from adagrpo_train.tracking.images import image_grid, read_cells, save_grid
 from adagrpo_train.tracking.jsonl import JsonlTracker
-from adagrpo_train.tracking.report import write_report
 from adagrpo_train.types import RunInfo, SelectedPrompt
 
 TINY = np.random.default_rng(1).integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)
@@ -132,7 +133,9 @@ def test_a_report_of_a_killed_run_leaves_out_the_half_line_and_compares_without_
 def test_a_gain_within_two_standard_errors_is_not_coloured(tmp_path: Path, gain: float, tone: str) -> None:
     score = {"before": 0.4, "after": 0.4 + gain, "gain": gain, "standard_error": 0.02}
     (tmp_path / "summary.json").write_text(json.dumps({"images": 7, "heldout": {"strict": score}}))
-    assert f'class="{tone}"' in write_report(tmp_path).read_text()
+    page = write_report(tmp_path).read_text()
+    assert f'class="{tone}"' in page
+    assert ("within two standard errors of no change" in page) == (tone == "gain soft")
 
 
 def test_a_held_out_reward_that_never_answered_is_left_out_of_the_report(tmp_path: Path) -> None:
@@ -163,9 +166,11 @@ def test_hostile_texts_do_not_become_markup_anywhere(tmp_path: Path) -> None:
 
 def test_a_long_run_makes_a_small_chart_through_the_same_ends() -> None:
     points = [(float(i), float(i % 2)) for i in range(1, 100_001)]
-    chart = line_chart([Line("x", points)], title="t", sizes=[SMALL])
-    assert len(chart) < 20_000
-    assert "1 at iteration 1, 0 at iteration 100000" in chart
+    chart = line_chart([Line("x", points)], title="t")
+    assert chart is not None
+    drawn = chart.inline(SMALL)
+    assert len(drawn) < 20_000
+    assert "1 at iteration 1, 0 at iteration 100000" in drawn
 
 
 def test_names_that_look_like_markup_reach_the_console_as_they_are() -> None:

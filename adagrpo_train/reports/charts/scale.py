@@ -19,7 +19,7 @@ def ticks(low: float, high: float, count: int, *, smallest: float = 0.0) -> list
     """Round values inside a range with their texts, about `count` of them and at least `smallest` apart."""
     high = high if high > low else low + 1
     step = 10 ** math.floor(math.log10((high - low) / count))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= count)
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= count + 0.5)
     step = max(step, smallest)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [(k * step, _tick_text(k * step, step)) for k in range(first, last + 1)]

@@ -13,6 +13,7 @@ _STYLE = (
     ".title{font-size:16px;font-weight:600;fill:#1b2130}.name{font-size:13px;fill:#1b2130}"
     "line:not(.whisker){stroke:#e4e7ef}line.zero{stroke:#5b6478}.whisker{stroke-width:2}"
     "polyline{fill:none;stroke-width:2.2;stroke-linejoin:round}.faint{stroke-width:1.4;opacity:.55}"
+    ".dots{fill:none;stroke-linecap:round}.haze{opacity:.28}.cloud{opacity:.62}.dashed{stroke-dasharray:5 4}"
     f"polygon{{opacity:.16}}.ring{{fill:{PAPER};stroke-width:2.2}}"
 )
 _SIZE = Size(880, 330, "always")

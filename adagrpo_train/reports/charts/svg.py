@@ -23,8 +23,8 @@ class Size:
     shown: str
 
 
-WIDE, NARROW = Size(960, 310, "wide"), Size(400, 260, "narrow")
-HALF, SMALL = Size(460, 250, "always"), Size(340, 190, "always")
+WIDE, HALF, NARROW = Size(960, 310, "wide"), Size(480, 270, "wide"), Size(350, 240, "narrow")
+SMALL = Size(340, 190, "always")
 RESPONSIVE = (WIDE, NARROW)
 
 
@@ -53,12 +53,10 @@ class Chart:
     keys: Sequence[Key]
     draw: Callable[[Size], tuple[int, str]]
 
-    def inline(self, *sizes: Size) -> Markup:
+    def inline(self, *sizes: Size, legend: bool = True) -> Markup:
         """The legend and the picture in some sizes, for a page with the style sheet."""
-        return Markup(self._legend() + "".join(self._picture(size) for size in sizes or RESPONSIVE))
-
-    def _legend(self) -> str:
-        return str(legend(self.keys)) if len(self.keys) > 1 else ""
+        names = str(legend_of(self.keys)) if legend and len(self.keys) > 1 else ""
+        return Markup(names + "".join(self._picture(size) for size in sizes or RESPONSIVE))
 
     def _picture(self, size: Size) -> str:
         height, body = self.draw(size)
@@ -66,7 +64,7 @@ class Chart:
         return f'<svg class="{size.shown}" viewBox="{box}" role="img" aria-label="{label}">{body}</svg>'
 
 
-def legend(keys: Sequence[Key]) -> Markup:
+def legend_of(keys: Sequence[Key]) -> Markup:
     """Coloured names in the order they were given."""
     items = (f'<li><i class="{key.style}" style="--c:{key.colour}"></i>{html.escape(key.label)}</li>' for key in keys)
     return Markup(f'<ul class="legend">{"".join(items)}</ul>')
@@ -94,7 +92,7 @@ class Frame:
         percent: bool = False,
     ) -> None:
         self._x_label, self._y_label, self._size = x_label, y_label, size
-        across = max(3, size.width // 95)
+        across = max(4, size.width // 95)
         self._x_ticks = ticks(*x, across, smallest=1.0 if whole else 0.0)
         self._y_ticks = ticks(*y, 6 if size.height > 200 else 4)
         if percent:
