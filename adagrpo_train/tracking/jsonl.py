@@ -3,20 +3,17 @@
 import dataclasses
 import json
 import math
-import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adagrpo_train import __version__
+from adagrpo_train.runtime.environment import environment
 from adagrpo_train.tracking.images import save_grid
 from adagrpo_train.tracking.records import keep_until
 from adagrpo_train.types import RunInfo, SelectedPrompt
 
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 _LABELLED_PIXELS = 256  # captions under wider images would be long lines of tiny print
 
 
@@ -37,7 +34,7 @@ class JsonlTracker:
             if numbered and int(numbered[1]) > run.first_iteration:
                 path.unlink()
         _write_config(self._dir / "config.yaml", run.config)
-        (self._dir / "environment.json").write_text(json.dumps(_environment(), indent=1), encoding="utf-8")
+        (self._dir / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
 
     def log(self, metrics: dict[str, float], iteration: int) -> None:
         self._append("metrics.jsonl", [{"iteration": iteration} | metrics])
@@ -69,16 +66,3 @@ def _write_config(path: Path, config: dict[str, Any]) -> None:
     from omegaconf import OmegaConf
 
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(config)), encoding="utf-8")
-
-
-def _environment() -> dict[str, str]:
-    """What the run was made with; the report may be drawn elsewhere, later."""
-    packages = {"adagrpo-train": __version__} | {name: _version(name) for name in _PACKAGES}
-    return {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()} | packages
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
