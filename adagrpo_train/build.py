@@ -17,8 +17,9 @@ from adagrpo_train.continuation import check_same_rewards, checkpoint_of, inputs
 from adagrpo_train.errors import AdaGRPOError, ConfigError
 from adagrpo_train.evaluator import Evaluator
 from adagrpo_train.functional.schedules import warmup_constant_anneal
-from adagrpo_train.interfaces import PromptSource, Tracker
+from adagrpo_train.interfaces import Advantage, Curriculum, Objective, PromptSource, Tracker
 from adagrpo_train.prompts.source import PromptFile, read_prompts
+from adagrpo_train.recording.recorder import Recorder
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime.checkpoint import Checkpoints, Snapshot
 from adagrpo_train.runtime.engine import Engine
@@ -33,6 +34,16 @@ from adagrpo_train.settings import Settings
 from adagrpo_train.trainer import Schedule, Trainer
 from adagrpo_train.types import RunInfo
 from adagrpo_train.update import PolicyUpdate
+
+
+@dataclass(frozen=True)
+class Methods:
+    """The choices of method that need neither a model nor other processes."""
+
+    curriculum: Curriculum
+    advantage: Advantage
+    objective: Objective
+    rewards: list[RewardEntry]
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,16 @@ class Parts:
 def make_engine(settings: Settings) -> Engine:
     """The process group, made first: everything else may depend on rank and device."""
     return _make(settings.values["engine"], "engine")
+
+
+def make_methods(values: dict[str, Any]) -> Methods:
+    """The methods of a resolved configuration, fresh: without a past."""
+    return Methods(
+        curriculum=_make(values["curriculum"], "curriculum"),
+        advantage=_make(values["advantage"], "advantage"),
+        objective=_make(values["algorithm"]["objective"], "algorithm.objective"),
+        rewards=[_entry(name, section) for name, section in values["reward"].items()],
+    )
 
 
 def make_parts(settings: Settings, engine: Engine, run_dir: Path, *, training: bool) -> Parts:
@@ -124,6 +145,7 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
     advantage, schedule, update = _make(values["advantage"], "advantage"), _schedule(values), _update_choices(values)
     parts = make_parts(settings, engine, run_dir, training=True)
     assert parts.optimizer is not None
+    inputs = inputs_of(settings)
     try:
         trainer = Trainer(
             prompts=prompts,
@@ -141,6 +163,7 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
                 max_grad_norm=values["max_grad_norm"],
                 **update,
             ),
+            recorder=_recorder(values, engine, run_dir, parts.scorer, inputs),
             evaluator=parts.evaluator,
             checkpoints=Checkpoints(run_dir / "checkpoints", keep=values["checkpoint"]["keep"]),
             engine=engine,
@@ -148,7 +171,7 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
             schedule=schedule,
             run_dir=run_dir,
             config=values,
-            inputs=inputs_of(settings),
+            inputs=inputs,
         )
         if snapshot:
             check_same_rewards(settings, parts.scorer, snapshot)
@@ -166,6 +189,17 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         parts.rewards.close()
         raise
     return trainer, parts
+
+
+def _recorder(
+    values: dict[str, Any], engine: Engine, run_dir: Path, scorer: Scorer, inputs: dict[str, str]
+) -> Recorder:
+    fingerprints = scorer.fingerprints
+    rewards = {
+        name: {"fingerprint": fingerprints[name], "metrics": list(metrics)} for name, metrics in scorer.metrics.items()
+    }
+    about = {"config": values, "inputs": inputs, "rewards": rewards}
+    return Recorder(folder=run_dir / "record", engine=engine, about=about, **values["record"])
 
 
 def _schedule(values: dict[str, Any]) -> Schedule:

@@ -23,6 +23,7 @@ FREE_ON_RESUME = (
     "tracker",
     "evaluation.every",
     "checkpoint",
+    "record",
     "name",
     "engine",
     "scoring.accept_changed_rewards",

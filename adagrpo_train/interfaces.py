@@ -17,6 +17,7 @@ from adagrpo_train.types import (
     SelectedPrompt,
     Selection,
     StepPlan,
+    Terms,
     Transitions,
 )
 
@@ -86,11 +87,15 @@ class Policy(Protocol):
 
 
 class Objective(Protocol):
-    """The loss of one network batch of transitions."""
+    """The loss of one network batch of transitions.
+
+    loss() is surrogate() of what the network says, so that a loss can be computed again from recorded terms.
+    """
 
     def loss(
         self, policy: Policy, batch: Transitions, conditions: Conditions, advantages: Tensor, sigma_max: float
     ) -> Loss: ...
+    def surrogate(self, terms: Terms, advantages: Tensor) -> Loss: ...
     def log_prob(self, policy: Policy, batch: Transitions, conditions: Conditions, sigma_max: float) -> Tensor: ...
 
 

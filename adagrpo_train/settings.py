@@ -79,6 +79,16 @@ def read_settings(overrides: list[str]) -> Settings:
     return Settings(resolved, Path(composed.hydra.run.dir), given, choices)
 
 
+def check_like(values: dict[str, Any], before: dict[str, Any]) -> None:
+    """Refuse a resolved configuration with other keys, or other types of values, than a sound one has.
+
+    Raises:
+        ConfigError: names the key, and the nearest known one.
+    """
+    _check_values(values, before, optional=set())
+    _check_targets(values)
+
+
 def group_options() -> dict[str, list[str]]:
     """Config groups and their options, for --help."""
     folder = config_dir()

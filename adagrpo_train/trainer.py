@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adagrpo_train.errors import ConfigError, RewardError, StoppedError
 from adagrpo_train.evaluator import Evaluator
 from adagrpo_train.interfaces import Advantage, Curriculum, PromptSource, Tracker
+from adagrpo_train.recording.recorder import Recorder
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime.checkpoint import Checkpoints, Snapshot, random_state, restore_random_state
 from adagrpo_train.runtime.engine import Engine
@@ -18,6 +18,7 @@ from adagrpo_train.runtime.policy import Policy
 from adagrpo_train.runtime.stopping import StopRequest
 from adagrpo_train.runtime.timing import StageTimer, peak_memory_bytes
 from adagrpo_train.scoring.collector import Collector
+from adagrpo_train.scoring.comparison import compare
 from adagrpo_train.scoring.figures import sample_figures
 from adagrpo_train.scoring.scorer import Scorer
 from adagrpo_train.types import (
@@ -85,6 +86,7 @@ class _Choice:
     selection: Selection  # rows of the candidates of all ranks
     figures: dict[str, float]  # for the log
     rewards: Tensor | None  # [B] of the candidates of all ranks; None when the curriculum does not score them
+    parts: dict[str, Tensor]  # each [B]: what those rewards are made of
     prompts: Prompts  # this rank's share of the chosen ones
     trunks: Trunks | None  # of those prompts; branches start from them
 
@@ -102,6 +104,7 @@ class Trainer:
         advantage: Advantage,
         policy: Policy,
         update: PolicyUpdate,
+        recorder: Recorder,
         evaluator: Evaluator,
         checkpoints: Checkpoints,
         engine: Engine,
@@ -113,7 +116,7 @@ class Trainer:
     ) -> None:
         self._prompts, self._curriculum, self._sampler, self._scorer = prompts, curriculum, sampler, scorer
         self._advantage, self._policy, self._update = advantage, policy, update
-        self._evaluator, self._checkpoints = evaluator, checkpoints
+        self._recorder, self._evaluator, self._checkpoints = recorder, evaluator, checkpoints
         self._engine, self._stop, self._schedule, self._run_dir = engine, stop, schedule, run_dir
         self._config, self._inputs = config, inputs
         self._first, self._skipped = 0, 0
@@ -131,6 +134,7 @@ class Trainer:
             "completed" or "interrupted".
         """
         self._tracker = tracker
+        self._recorder.start(self._first)
         with self._stop.listening():
             try:
                 return self._loop()
@@ -200,15 +204,19 @@ class Trainer:
             for kind in ("sampling", "training", "reference")
         }
         metrics |= self._timer.drain() | {"memory/peak_bytes": float(peak_memory_bytes())}
-        return metrics | self._scorer.drain()
+        metrics |= self._scorer.drain()
+        self._recorder.finish(metrics, self._curriculum.state_dict())
+        return metrics
 
     def _iterate(self, iteration: int) -> dict[str, float]:
         """One pass of the pipeline. Each line's output is the next line's input."""
+        self._recorder.begin(iteration + 1, self._curriculum.state_dict(), self._scorer.state_dict())
         candidates = self._prompts.next(self._curriculum.candidates)
         with self._timer.stage("candidates"):
             choice = self._choose(candidates, iteration)
         if isinstance(choice, str):
             return self._skip(choice)
+        self._recorder.chosen(candidates, choice.rewards, choice.parts, choice.selection)
         prompts, trunks = choice.prompts, choice.trunks
         with self._timer.stage("rollout"):
             conditions = self._policy.encode(list(prompts.texts))
@@ -222,7 +230,8 @@ class Trainer:
         if not metrics:
             return self._skip(f"no group has enough scores to be compared; {scores.reason}")
         with self._timer.stage("update"):
-            metrics |= self._update.make(rollout.transitions, conditions, advantages, usable, iteration)
+            watch = self._recorder.visited
+            metrics |= self._update.make(rollout.transitions, conditions, advantages, usable, iteration, watch)
         self._skipped = 0
         return metrics | self._log_choice(candidates, choice, iteration)
 
@@ -234,7 +243,7 @@ class Trainer:
         engine, curriculum = self._engine, self._curriculum
         if not curriculum.scores_candidates:
             selection = curriculum.select(None, curriculum.chosen)
-            return _Choice(selection, {}, None, candidates[_share(list(selection.rows), engine)], None)
+            return _Choice(selection, {}, None, {}, candidates[_share(list(selection.rows), engine)], None)
         own = candidates[_share(list(range(len(candidates))), engine)]
         conditions = self._policy.encode(list(own.texts))
         trunks = self._sampler.trunks(self._policy.velocity, conditions, own, iteration)
@@ -252,11 +261,12 @@ class Trainer:
             rows = list(selection.rows)
             offset = engine.rank * len(own)
             everyone = [row for part in engine.gather_objects([r + offset for r in rows]) for row in part]
-            return _Choice(Selection(tuple(everyone), selection.level), figures, rewards, own[rows], trunks[rows])
+            selection = Selection(tuple(everyone), selection.level)
+            return _Choice(selection, figures, rewards, parts, own[rows], trunks[rows])
         selection = curriculum.select(rewards, curriculum.chosen)
         rows = _share(list(selection.rows), engine)
         everywhere = Trunks(engine.gather(trunks.x0), engine.gather(trunks.anchors))
-        return _Choice(selection, figures, rewards, candidates[rows], everywhere[rows])
+        return _Choice(selection, figures, rewards, parts, candidates[rows], everywhere[rows])
 
     def _too_few(self, scores: Scores) -> str:
         """Why a curriculum cannot choose as many prompts as it should; "" if it can."""
@@ -277,7 +287,9 @@ class Trainer:
 
     def _decode(self, x0: Tensor) -> Images:
         with self._timer.stage("decode"):
-            return self._policy.decode(x0)
+            images = self._policy.decode(x0)
+        self._recorder.decoded(images)
+        return images
 
     def _skip(self, reason: str) -> dict[str, float]:
         """Leave the weights as they are for this iteration.
@@ -308,24 +320,21 @@ class Trainer:
         parts = {name: engine.gather(values) for name, values in scores.parts.items()}
         groups_here = int(rollout.group.max()) + 1
         group = engine.gather(rollout.group + engine.rank * groups_here)
-        usable = self._scorer.comparable(parts, group, size)
         here = slice(engine.rank * len(scores.total), (engine.rank + 1) * len(scores.total))
-        kept = usable[here]
+        told = {"scorer": self._scorer, "curriculum": self._curriculum, "advantage": self._advantage}
+        found = compare(rewards, parts, group, here, group_size=size, **told)
+        usable, kept = found.usable, found.usable[here]
         if not bool(usable.any()):
-            return torch.zeros_like(scores.total), kept, {}
-        level = self._curriculum.observe(scores.total[kept] if self._curriculum.per_rank else rewards[usable])
-        local = self._scorer.local_advantages(parts, group, size, self._advantage)
-        advantages = local[here].clone()
-        if bool(kept.any()):
-            assert level is not None  # it has just followed these samples, or their candidates
-            advantages[kept] += self._advantage.across(scores.total[kept], group[here][kept], level)
-        fused = engine.gather(advantages)
-        metrics = sample_figures(rewards, parts, group, usable, local, fused, level)
+            return found.fused, kept, {}
+        fused = engine.gather(found.fused)
+        self._recorder.compared(rewards, parts, group, found.level)
+        self._recorder.judged(rollout, usable, found.local, found.across, fused)
+        metrics = sample_figures(rewards, parts, group, usable, found.local, fused, found.level)
         if self._tracker:
-            judged = JudgedSamples(*(values[usable] for values in (rewards, group, local, fused)), level)
+            judged = JudgedSamples(*(values[usable] for values in (rewards, group, found.local, fused)), found.level)
             self._tracker.log_advantages(judged, iteration + 1)
         metrics |= choice.figures or self._scorer.follow(parts, usable)
-        return advantages, kept, metrics
+        return found.fused, kept, metrics
 
     def _log_choice(self, candidates: Prompts, choice: "_Choice", iteration: int) -> dict[str, float]:
         """Log every candidate with its score; return figures about the choice."""

@@ -173,12 +173,28 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What the network says about the M transitions of one batch: all that a loss needs beside the advantages."""
+
+    log_prob: Tensor  # [M] float32, under the present policy
+    old_log_prob: Tensor  # [M] float32, what the ratio compares with
+    rollout_log_prob: Tensor  # [M] float32, as the rollout computed it
+    kl: Tensor | None  # [M] float32, to the frozen reference; None without one
+
+    def detach(self) -> "Terms":
+        """The same numbers without the graph they came from."""
+        kl = None if self.kl is None else self.kl.detach()
+        return Terms(self.log_prob.detach(), self.old_log_prob, self.rollout_log_prob, kl)
+
+
+@dataclass(frozen=True)
 class Loss:
     """A differentiable value and detached figures about it."""
 
     value: Tensor  # [] differentiable
     rollout_deviation: Tensor  # [] largest distance of a log-probability from that of the rollout
     metrics: dict[str, Tensor]  # each []; of names in "_max" the maximum counts, else the mean over transitions
+    terms: Terms  # detached: what the value was computed from
 
 
 @dataclass(frozen=True)

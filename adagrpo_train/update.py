@@ -1,6 +1,8 @@
 """The policy update: the transitions of one iteration -> optimizer steps."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +16,9 @@ from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.figures import Figures
 from adagrpo_train.runtime.policy import Policy
 from adagrpo_train.runtime.transfer import to_device
-from adagrpo_train.types import Conditions, Transitions
+from adagrpo_train.types import Conditions, Loss, Transitions
+
+Watch = Callable[[int, Transitions, Loss, float], None]
 
 
 class PolicyUpdate:
@@ -49,7 +53,13 @@ class PolicyUpdate:
         self._updates = 0
 
     def make(
-        self, batches: list[Transitions], conditions: Conditions, advantages: Tensor, usable: Tensor, iteration: int
+        self,
+        batches: list[Transitions],
+        conditions: Conditions,
+        advantages: Tensor,
+        usable: Tensor,
+        iteration: int,
+        watch: Watch = lambda update, batch, loss, weight: None,
     ) -> dict[str, float]:
         """Visit the transitions of usable samples once per inner epoch, in the configured number of optimizer steps.
 
@@ -59,6 +69,8 @@ class PolicyUpdate:
             advantages: [N] of this rank's samples.
             usable: [N] bool; the transitions of other samples count nowhere.
             iteration: decides the order of the visits.
+            watch: told of each batch that counts, in the midst of the step: (number of the step, from 0, the batch with
+                the transitions that count, its loss, the weight of that loss).
 
         Returns:
             Figures for the log, over all ranks.
@@ -68,8 +80,9 @@ class PolicyUpdate:
         """
         figures, before = Figures(), self._engine.optimizer_steps
         first = self._engine.rank * len(batches)
-        for visited in self._visits.of(batches, iteration, first, lambda batch: self._log_prob(batch, conditions)):
-            self._step(visited, conditions, advantages, usable, figures)
+        steps = self._visits.of(batches, iteration, first, lambda batch: self._log_prob(batch, conditions))
+        for number, visited in enumerate(steps):
+            self._step(visited, conditions, advantages, usable, figures, partial(watch, number))
         return figures.reduced(self._engine) | {"policy/updates": float(self._engine.optimizer_steps - before)}
 
     def check_batches(self, sizes: list[int]) -> None:
@@ -129,6 +142,7 @@ class PolicyUpdate:
         advantages: Tensor,
         usable: Tensor,
         figures: Figures,
+        watch: Callable[[Transitions, Loss, float], None],
     ) -> None:
         """One optimizer step with the mean loss over the transitions of usable samples, of all ranks.
 
@@ -152,6 +166,7 @@ class PolicyUpdate:
             if weight:
                 losses.append(loss.value.detach())
                 figures.add(loss.metrics, len(kept.sample))
+                watch(kept, loss, weight)
             if weight and first:
                 deviation = loss.metrics["policy/ratio_max_deviation_max"]
                 figures.add({"policy/first_ratio_deviation_max": deviation}, 1.0)

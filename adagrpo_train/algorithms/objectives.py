@@ -10,7 +10,7 @@ from adagrpo_train.functional import losses
 from adagrpo_train.functional import transitions as f
 from adagrpo_train.interfaces import Policy, Transition
 from adagrpo_train.runtime.transfer import to_device
-from adagrpo_train.types import Conditions, Gaussian, Loss, Transitions
+from adagrpo_train.types import Conditions, Gaussian, Loss, Terms, Transitions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,16 @@ class ClippedRatio:
             conditions: R rows, those of batch.x.
             advantages: [M] of the samples the transitions earned.
         """
-        step = self._step(policy.velocity(batch.x, batch.sigma, conditions), batch, sigma_max)
-        log_prob = self.transition.log_prob(batch.x_next, _rows(step, batch.state))
-        log_ratio = log_prob - (log_prob.detach() if batch.log_prob is None else batch.log_prob)
+        return self.surrogate(self._terms(policy, batch, conditions, sigma_max), advantages)
+
+    def surrogate(self, terms: Terms, advantages: Tensor) -> Loss:
+        """The same from what the network says, which it does not need any more.
+
+        Args:
+            terms: of M transitions; with the KL if it has a weight.
+            advantages: [M].
+        """
+        log_ratio = terms.log_prob - terms.old_log_prob
         value = losses.clipped_policy_loss(log_ratio, advantages, clip_range=self.clip_range).mean()
         ratio = log_ratio.detach().exp()
         metrics = {
@@ -62,11 +69,11 @@ class ClippedRatio:
             "policy/approx_kl": losses.approx_kl(log_ratio.detach()),
         }
         if self.kl_weight > 0:
-            reference = self._step(policy.reference_velocity(batch.x, batch.sigma, conditions), batch, sigma_max)
-            kl = self._kl(step, reference.mean, batch)[to_device(batch.state, step.mean.device)].mean()
+            assert terms.kl is not None
+            kl = terms.kl.mean()
             value, metrics["policy/kl"] = value + self.kl_weight * kl, kl.detach()
-        deviation = (log_prob.detach() - batch.rollout_log_prob).abs().max()
-        return Loss(value, deviation, {"policy/loss": value.detach(), **metrics})
+        deviation = (terms.log_prob.detach() - terms.rollout_log_prob).abs().max()
+        return Loss(value, deviation, {"policy/loss": value.detach(), **metrics}, terms.detach())
 
     def log_prob(self, policy: Policy, batch: Transitions, conditions: Conditions, sigma_max: float) -> Tensor:
         """Log-probabilities [M] float32 of the transitions under the present policy.
@@ -76,6 +83,15 @@ class ClippedRatio:
         """
         step = self._step(policy.velocity(batch.x, batch.sigma, conditions), batch, sigma_max)
         return self.transition.log_prob(batch.x_next, _rows(step, batch.state)).detach()
+
+    def _terms(self, policy: Policy, batch: Transitions, conditions: Conditions, sigma_max: float) -> Terms:
+        step = self._step(policy.velocity(batch.x, batch.sigma, conditions), batch, sigma_max)
+        log_prob, kl = self.transition.log_prob(batch.x_next, _rows(step, batch.state)), None
+        if self.kl_weight > 0:
+            reference = self._step(policy.reference_velocity(batch.x, batch.sigma, conditions), batch, sigma_max)
+            kl = self._kl(step, reference.mean, batch)[to_device(batch.state, step.mean.device)]
+        old = log_prob.detach() if batch.log_prob is None else batch.log_prob
+        return Terms(log_prob, old, batch.rollout_log_prob, kl)
 
     def _step(self, velocity: Tensor, batch: Transitions, sigma_max: float) -> Gaussian:
         return self.transition.step(batch.x, velocity, batch.sigma, batch.sigma_next, sigma_max)

@@ -3,7 +3,7 @@
 from datetime import date
 from typing import Any
 
-from adagrpo_train.tracking.environment import environment
+from adagrpo_train.runtime.environment import environment
 
 _VERSIONS = ("python", "adagrpo-train", "torch", "diffusers", "transformers", "peft")
 

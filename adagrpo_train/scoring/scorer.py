@@ -72,6 +72,16 @@ class Scorer:
         """What the scores of each reward depend on: reward -> fingerprint."""
         return {source.entry.name: source.client.fingerprint for source in self._sources}
 
+    @property
+    def metrics(self) -> dict[str, tuple[str, ...]]:
+        """What each reward says about an image: reward -> names, in its order."""
+        return {source.entry.name: tuple(source.client.info.metrics) for source in self._sources}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Part -> weight, of the parts that the total is made of."""
+        return dict(self._required)
+
     def collect(self, *, evaluation: bool = False) -> Collector:
         """A collector of images to be scored; `evaluation` asks the rewards that never train as well."""
         return Collector(

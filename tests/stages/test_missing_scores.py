@@ -16,7 +16,6 @@ from adagrpo_train.interfaces import Objective
 from adagrpo_train.runtime import checkpoint
 from adagrpo_train.scoring.collector import Source
 from adagrpo_train.trainer import Trainer
-from adagrpo_train.types import Loss
 from rewards.client.batch import RewardUnavailableError
 from rewards.client.inproc import InprocClient
 from rewards.contract import ItemError, Sample
@@ -114,9 +113,9 @@ def test_an_update_without_a_usable_sample_moves_nothing_and_is_not_counted(tmp_
     use_reward(trainer, Pixels(lambda number: number == EVALUATION_IMAGES + 4))
     step, idle = trainer._update._step, []
 
-    def watch(batches, conditions, advantages, usable, figures):
+    def watch(batches, conditions, advantages, usable, *others):
         before = _everything(trainer)
-        step(batches, conditions, advantages, usable, figures)
+        step(batches, conditions, advantages, usable, *others)
         if not any(usable[batch.sample].any() for batch in batches):
             idle.append(_same(before, _everything(trainer)))
         else:
@@ -150,7 +149,7 @@ class Probe:
 
     def loss(self, policy, batch, conditions, advantages, sigma_max):
         loss = self.inner.loss(policy, batch, conditions, advantages, sigma_max)
-        return Loss(loss.value, loss.rollout_deviation, loss.metrics | {"policy/probe": batch.sample.double().mean()})
+        return replace(loss, metrics=loss.metrics | {"policy/probe": batch.sample.double().mean()})
 
 
 @pytest.mark.parametrize("micro_batch", [2, 3])

@@ -1,0 +1,1 @@
+"""What a recorded iteration would have been under another configuration."""
