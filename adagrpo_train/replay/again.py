@@ -43,7 +43,11 @@ def recorded(record: Record) -> Outcome:
     return Outcome(
         rows=tuple(head["selection"]["rows"]),
         levels=own,
-        **{name: tensors[f"sample.{name}"] for name in ("total", "usable", "local", "across", "fused")},
+        total=tensors["sample.total"],
+        usable=tensors["sample.usable"],
+        local=tensors["sample.local"],
+        across=tensors["sample.across"],
+        fused=tensors["sample.fused"],
         losses=tensors["batch.loss"],
         clipped=tensors["batch.figure.policy/clip_fraction"],
         counts=torch.bincount(tensors["visit.batch"], minlength=len(tensors["batch.loss"])),
@@ -145,6 +149,8 @@ class Replay:
         if not first.scores_candidates:
             return first.select(None, first.chosen).rows
         total, ranks = scorer.total(record.parts("candidate")), len(self._curricula)
+        if first.chosen % ranks:
+            raise ConfigError(f"curriculum.chosen={first.chosen} must be a multiple of the {ranks} recorded processes")
         size, count = len(total) // ranks, first.chosen // ranks
         pieces = total.split(size)
         if any(int(piece.isfinite().sum()) < count for piece in pieces):
