@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from adagrpo_train.tracking.environment import environment
+from adagrpo_train.runtime.environment import environment
 from adagrpo_train.tracking.images import save_grid
 from adagrpo_train.tracking.records import keep_until
 from adagrpo_train.types import JudgedSamples, RunInfo, SelectedPrompt
