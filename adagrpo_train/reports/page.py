@@ -21,7 +21,7 @@ def render(template: str, **values: Any) -> str:
 
 def breakable(text: str) -> Markup:
     """The text, which may be broken after a slash or an underscore."""
-    return Markup(escape(text).replace("/", "/<wbr>").replace("_", "_<wbr>"))
+    return Markup(str(escape(text)).replace("/", "/<wbr>").replace("_", "_<wbr>"))
 
 
 def duration(seconds: float) -> str:
