@@ -48,7 +48,7 @@ def health_values(records: Records) -> Row:
         "health_charts": Markup("").join(charts),
         "zeros": zeros,
         "first_ratio": max(first) if first else None,
-        "alarms": _alarms(records.metrics),
+        "alarms": _alarms(records),
     }
 
 
@@ -58,11 +58,19 @@ def _others(metrics: Sequence[Row], known: set[str]) -> dict[str, dict[str, str]
     return {_words(name): {name: ""} for name in names}
 
 
-def _alarms(metrics: Sequence[Row]) -> list[Row]:
-    """Kinds of alarms that were given, with their iterations: figures 0 or 1 that count a streak besides."""
+def _alarms(records: Records) -> list[Row]:
+    """Warnings that were recorded, with what they said last; else figures 0 or 1 that count a streak besides."""
+    if records.alerts:
+        titles = dict.fromkeys(row["title"] for row in records.alerts)
+        rows = {title: [row for row in records.alerts if row["title"] == title] for title in titles}
+        return [
+            {"name": title, "iterations": [row["iteration"] for row in own], "text": own[-1]["text"]}
+            for title, own in rows.items()
+        ]
+    metrics = records.metrics
     kinds = {key.removesuffix(_STREAK) for row in metrics for key in row if key.endswith(_STREAK)}
     given = {kind: [int(x) for x, y in points(metrics, kind) if y] for kind in sorted(kinds)}
-    return [{"name": _words(kind), "iterations": when} for kind, when in given.items() if when]
+    return [{"name": _words(kind), "iterations": when, "text": ""} for kind, when in given.items() if when]
 
 
 def _words(name: str) -> str:

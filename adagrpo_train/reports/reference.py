@@ -80,7 +80,8 @@ def judge(records: Records, reference: Path | None = None) -> Verdict:
     known = read_reference(reference)
     differing = differences(known["settings"], read_config(records.run_dir))
     if differing:
-        text = f"Not comparable: {len(differing)} settings are not those of the reference for {known['experiment']}."
+        count = "one setting is" if len(differing) == 1 else f"{len(differing)} settings are"
+        text = f"Not comparable: {count} not as in the reference for {known['experiment']}."
         return Verdict("incomparable", text, [], differing, known)
     values = {int(x): y for x, y in points(records.evaluations, known["metric"])}
     compared = [

@@ -29,6 +29,7 @@ class Records:
     images: dict[int, list[Row]]
     prompts: list[Row]
     advantages: list[Row]
+    alerts: list[Row]
     summary: Row
     environment: Row
     choices: Row
@@ -50,6 +51,7 @@ def read_records(run_dir: Path) -> Records:
         images={int(path.stem): read_rows(path) for path in sorted((run_dir / "evaluations").glob("*.jsonl"))},
         prompts=read_rows(run_dir / "prompts.jsonl"),
         advantages=read_rows(run_dir / "advantages.jsonl"),
+        alerts=read_rows(run_dir / "alerts.jsonl"),
         summary=read_json(run_dir / "summary.json"),
         environment=read_json(run_dir / "environment.json"),
         choices=read_json(run_dir / "choices.json"),

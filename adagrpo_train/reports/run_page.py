@@ -79,15 +79,7 @@ def _choices(records: Records) -> list[tuple[str, str]]:
 def _verdict_values(records: Records, verdict: Verdict) -> Row:
     """The comparison with the reference, by the names that the template has for it."""
     rows = [
-        [
-            str(point.iteration),
-            point.value,
-            point.mean,
-            point.low,
-            point.high,
-            point.side,
-        ]
-        for point in verdict.points
+        [str(point.iteration), point.value, point.mean, point.low, point.high, point.side] for point in verdict.points
     ]
     columns = ["iteration", "this run", "reference", "lowest", "highest", "verdict"]
     return {

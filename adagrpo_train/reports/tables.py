@@ -44,5 +44,5 @@ def _cell(value: str | float | None, decimals: int) -> str:
 
 def _is_numeric(values: Sequence[str | float | None]) -> bool:
     """Whether a column is set flush right: numbers, or texts that begin like one."""
-    shown = [value for value in values if value is not None]
+    shown = [value for value in values if value not in (None, "")]
     return bool(shown) and all(not isinstance(value, str) or value[:1] in set("+-0123456789<.") for value in shown)

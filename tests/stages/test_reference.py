@@ -9,8 +9,10 @@ import yaml
 
 from adagrpo_train.cli.report import main
 from adagrpo_train.errors import ConfigError
-from adagrpo_train.reports.reference import make_reference
+from adagrpo_train.reports.reference import make_reference, shipped
 from adagrpo_train.reports.run_page import write_report
+from adagrpo_train.reports.settings_held import differences
+from adagrpo_train.settings import read_settings
 
 CONFIG = {"seed": 0, "model": {"path": "/somewhere/adagrpo_train/assets/tiny"}, "optimizer": {"lr": 1e-4}}
 
@@ -138,3 +140,14 @@ def test_runs_that_are_not_seeds_of_one_experiment_make_no_reference(
         make_reference([*runs, odd], confidence=0.95, rounding=0.0)
     with pytest.raises(ConfigError, match="3 seeds at least"):
         make_reference(runs[:2], confidence=0.95, rounding=0.0)
+
+
+def test_shipped_references_hold_for_the_shipped_experiments_as_they_are() -> None:
+    known = shipped()
+    assert set(known) == {"tiny_demo"}
+    for name, reference in known.items():
+        assert reference["experiment"] == name and len(reference["seeds"]) >= 3
+        settings = read_settings([f"experiment={name}", "tracker=local", "seed=123"])
+        # A new key that changes nothing belongs into _FREE of settings_held.py; anything else takes new runs.
+        assert differences(reference["settings"], settings.values) == []
+        assert differences(reference["settings"], read_settings([f"experiment={name}", "group_size=4"]).values)

@@ -109,6 +109,14 @@ def test_alarms_come_first_and_figures_of_health_are_shown_by_what_is_recorded(t
     assert "0 in every iteration: KL to the reference" in page
 
 
+def test_recorded_warnings_are_shown_with_what_they_say(tmp_path: Path) -> None:
+    rows = [{"iteration": i, "title": "hacking", "text": f"held-out clip falls by 0.{i}"} for i in (2, 4)]
+    (tmp_path / "alerts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_of(tmp_path)
+    assert page.count("<b>Alarm</b>") == 1
+    assert "Given at iteration 2, 4. held-out clip falls by 0.4 Look at" in page
+
+
 def test_without_an_alarm_there_is_none(tmp_path: Path) -> None:
     tracker = started(tmp_path)
     tracker.log({"reward/mean": 0.5, "health/hacking": 0.0, "health/hacking_streak": 1.0}, 1)

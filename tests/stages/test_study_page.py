@@ -105,6 +105,12 @@ def test_hostile_texts_do_not_become_markup(tmp_path: Path) -> None:
     assert page.count("&lt;script&gt;") > 20
 
 
+def test_names_of_figures_may_be_broken_in_headings(tmp_path: Path) -> None:
+    table = {**RESULTS["tables"][0], "columns": ["arm", "<b>", "reward/std_mean"]}
+    page = page_of(RESULTS | {"tables": [table]}, tmp_path)
+    assert "reward/<wbr>std_<wbr>mean</th>" in page and "&lt;b&gt;</th>" in page
+
+
 def test_a_study_without_anything_measured_says_so(tmp_path: Path) -> None:
     empty = {"findings": [], "panels": [{**RESULTS["panels"][0], "series": []}], "bars": [], "tables": []}
     page = page_of(RESULTS | empty, tmp_path)
@@ -112,9 +118,9 @@ def test_a_study_without_anything_measured_says_so(tmp_path: Path) -> None:
 
 
 def test_numbers_of_a_column_have_equally_many_decimals_and_nothing_is_a_dash() -> None:
-    rows = [["a", 5, None, 0.25, "+0.1 +- 0.2"], ["b", 12, 2e-5, 12345.5, "-0.1 +- 0.1"]]
+    rows = [["a", 5, None, 0.25, ""], ["b", 12, 2e-5, 12345.5, "-0.1 +- 0.1"]]
     table = Table.of("", "", ["arm", "n", "p", "x", "gain"], rows)
-    assert table.rows == [["a", "5", "–", "0.25", "+0.1 +- 0.2"], ["b", "12", "2e-5", "12,346", "-0.1 +- 0.1"]]  # noqa: RUF001
+    assert table.rows == [["a", "5", "–", "0.25", ""], ["b", "12", "2e-5", "12,346", "-0.1 +- 0.1"]]  # noqa: RUF001
     assert table.numeric == [False, True, True, True, True]
 
 

@@ -34,7 +34,7 @@ class Key:
 
     label: str
     colour: str
-    style: str = "line"  # or faint, marked, dot, ring, band
+    style: str = "line"  # a class of the style sheet: line, faint, marked, box, dot, ring
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Chart:
     draw: Callable[[Size], tuple[int, str]]
 
     def inline(self, *sizes: Size, legend: bool = True) -> Markup:
-        """The legend and the picture in some sizes, for a page with the style sheet."""
+        """The picture in some sizes, a wide and a narrow one by default, for a page with the style sheet."""
         names = str(legend_of(self.keys)) if legend and len(self.keys) > 1 else ""
         return Markup(names + "".join(self._picture(size) for size in sizes or RESPONSIVE))
 
