@@ -486,37 +486,45 @@ class Trainer:
         self._engine.wait()
 
     def _check_counts(self) -> None:
-        """Refuse counts that cannot work: of prompts per process, and of updates per inner epoch.
+        check_counts(self._curriculum, self._sampler, self._schedule, self._visits, self._engine.world_size)
 
-        Ranks hold equally many prompts: then no gather needs padding and every gradient has equal weight.
-        """
-        world = self._engine.world_size
-        for key in ("candidates", "chosen"):
-            count = getattr(self._curriculum, key)
-            if count % world:
-                raise ConfigError(f"curriculum.{key}={count} must be a multiple of the {world} processes")
-        sizes = self._sampler.batch_sizes(self._curriculum.chosen // world)
-        batches = len(sizes)
-        per_epoch = self._schedule.updates_per_iteration // self._schedule.inner_epochs
-        if batches < per_epoch:
-            raise ConfigError(
-                f"updates_per_iteration={self._schedule.updates_per_iteration}: an inner epoch has only {batches} "
-                f"batches on each process for {per_epoch} updates; lower micro_batch or updates_per_iteration"
-            )
-        if world > 1 and batches % per_epoch:
-            raise ConfigError(
-                f"updates_per_iteration={self._schedule.updates_per_iteration}: with {world} processes the {batches} "
-                f"batches of each must be a multiple of the {per_epoch} updates of an inner epoch, or processes would "
-                "differ in how much they compute; change micro_batch or updates_per_iteration"
-            )
-        # Which batch goes to which update is drawn for each process: with other numbers of parts they would wait for
-        # each other's gradients, or weights, for ever.
-        if world > 1 and per_epoch > 1 and len({self._visits.parts(size) for size in sizes}) > 1:
-            raise ConfigError(
-                f"update_micro_batch={self._visits.states}: with {world} processes and {per_epoch} updates in an inner "
-                f"epoch, batches of {sizes[0]} and of {sizes[-1]} states must fall into equally many parts; set "
-                f"update_micro_batch={self._visits.rollout_states}, or a micro_batch that divides the states of each"
-            )
+
+def check_counts(
+    curriculum: Curriculum, sampler: FlowSampler, schedule: Schedule, visits: Visits, processes: int
+) -> None:
+    """Refuse counts that cannot work: of prompts per process, and of updates per inner epoch.
+
+    Ranks hold equally many prompts: then no gather needs padding and every gradient has equal weight.
+
+    Raises:
+        ConfigError: names the count and what it must fit.
+    """
+    for key in ("candidates", "chosen"):
+        count = getattr(curriculum, key)
+        if count % processes:
+            raise ConfigError(f"curriculum.{key}={count} must be a multiple of the {processes} processes")
+    sizes = sampler.batch_sizes(curriculum.chosen // processes)
+    batches = len(sizes)
+    per_epoch = schedule.updates_per_iteration // schedule.inner_epochs
+    if batches < per_epoch:
+        raise ConfigError(
+            f"updates_per_iteration={schedule.updates_per_iteration}: an inner epoch has only {batches} "
+            f"batches on each process for {per_epoch} updates; lower micro_batch or updates_per_iteration"
+        )
+    if processes > 1 and batches % per_epoch:
+        raise ConfigError(
+            f"updates_per_iteration={schedule.updates_per_iteration}: with {processes} processes the {batches} "
+            f"batches of each must be a multiple of the {per_epoch} updates of an inner epoch, or processes would "
+            "differ in how much they compute; change micro_batch or updates_per_iteration"
+        )
+    # Which batch goes to which update is drawn for each process: with other numbers of parts they would wait for
+    # each other's gradients, or weights, for ever.
+    if processes > 1 and per_epoch > 1 and len({visits.parts(size) for size in sizes}) > 1:
+        raise ConfigError(
+            f"update_micro_batch={visits.states}: with {processes} processes and {per_epoch} updates in an inner "
+            f"epoch, batches of {sizes[0]} and of {sizes[-1]} states must fall into equally many parts; set "
+            f"update_micro_batch={visits.rollout_states}, or a micro_batch that divides the states of each"
+        )
 
 
 def _share(rows: list[int], engine: Engine) -> list[int]:
