@@ -39,6 +39,7 @@ from adagrpo_train.types import RunInfo
 class Parts:
     """What training and evaluation share."""
 
+    model: Any
     policy: Policy
     encoder: PromptEncoder
     computation: Computation
@@ -79,7 +80,7 @@ def make_engine(settings: Settings) -> Engine:
 def make_parts(settings: Settings, engine: Engine, run_dir: Path, *, training: bool) -> Parts:
     """Model, policy, sampler, rewards, scorer and evaluator; for training the optimizer too."""
     values = settings.values
-    entries = [_entry(name, section) for name, section in values["reward"].items()]
+    entries = [make_entry(name, section) for name, section in values["reward"].items()]
     # Prompt files are read before the model is loaded: a wrong path should not cost a minute.
     heldout = read_prompts(Path(values["prompts"]["evaluation_path"]), key="prompts.evaluation_path")
     model = make(values["model"], "model", device=engine.device)
@@ -119,7 +120,7 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path, *, training: b
         scorer=scorer,
         engine=engine,
     )
-    return Parts(policy, encoder, computation, sampler, rewards, scorer, evaluator, optimizer, stop)
+    return Parts(model, policy, encoder, computation, sampler, rewards, scorer, evaluator, optimizer, stop)
 
 
 def make_sampler(settings: Settings, model: Any, device: torch.device) -> FlowSampler:
@@ -258,7 +259,7 @@ def make_tracker(settings: Settings, run_dir: Path, snapshot: Snapshot | None) -
     return tracker
 
 
-def _entry(name: str, section: dict[str, Any]) -> RewardEntry:
+def make_entry(name: str, section: dict[str, Any]) -> RewardEntry:
     if "_target_" not in section:
         raise ConfigError(f"reward.{name}: has settings but is not chosen; add {name} to reward=[...]")
     return make(section, f"reward.{name}", name=name)

@@ -72,6 +72,11 @@ class Scorer:
         """What the scores of each reward depend on: reward -> fingerprint."""
         return {source.entry.name: source.client.fingerprint for source in self._sources}
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Part -> its weight in what training maximises; those without are not here."""
+        return dict(self._weights)
+
     def collect(self, *, evaluation: bool = False) -> Collector:
         """A collector of images to be scored; `evaluation` asks the rewards that never train as well."""
         return Collector(
