@@ -19,8 +19,8 @@ usage: adagrpo-check [key=value ...]
        adagrpo-check --plan-only [--processes N] [--tflops X] [key=value ...]
 
 Check a run before it is started: give it the settings of adagrpo-train. The model is loaded, images of a few prompts
-are drawn and scored, pieces of an iteration are timed; then the plan is printed: counts, files, memory, time. Nothing is
-trained or left behind. Servers of rewards elsewhere are waited for at most 30 seconds.
+are drawn and scored, pieces of an iteration are timed; then the plan is printed: counts, files, memory, time. Nothing
+is trained or left behind. Servers of rewards elsewhere are waited for at most 30 seconds.
 
 Options:
   --plan-only      the plan from shapes alone: no weights, no rewards, no GPU

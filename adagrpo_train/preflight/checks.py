@@ -125,9 +125,9 @@ class Checks:
         shape = f"{len(parts[0].x)} states a call"
         if visits.exact and worst > 0:
             raise PreflightError(
-                f"before any update the log-probabilities are up to {worst:.1e} away from those of the rollout, so that "
-                "the ratio is not 1; nothing differs between the two but the gradient. Look for dropout that is left on "
-                "in the network (eval()), for randomness in it, or in log_prob() of algorithm.transition"
+                f"before any update the log-probabilities are up to {worst:.1e} away from those of the rollout, so the "
+                "ratio is not 1; nothing differs between the two but the gradient. Look for dropout that is left on in "
+                "the network (eval()), for randomness in it, or in log_prob() of algorithm.transition"
             )
         rounding = _RATIO_ROUNDING["bfloat16" if self._values["network"]["autocast"] else self._model_dtype]
         if not worst <= rounding:
@@ -150,18 +150,15 @@ class Checks:
             raise PreflightError(f"{too_many}; the iteration would be skipped")
         parts = {name: scores.parts[name] for name in scorer.weights}
         spreads = self._engine.gather(torch.stack([_spread(batch.rollout.group, part) for part in parts.values()]).T)
-        apart = (spreads > 0).any(1)
+        apart, ranges = (spreads > 0).any(1), ", ".join(f"{name} {_range(part)}" for name, part in parts.items())
         if not bool(apart.any()):
-            ranges = ", ".join(f"{name} {_range(part)}" for name, part in parts.items())
             raise PreflightError(
-                f"in all {len(apart)} groups every sample has the same score ({ranges}): a group without spread teaches "
-                "nothing. Choose another reward, harder or easier prompts, more noise, or a larger group_size"
+                f"in all {len(apart)} groups every sample has the same score ({ranges}): a group without spread "
+                "teaches nothing. Choose another reward, harder or easier prompts, more noise, or a larger group_size"
             )
         missing = {name: share for name, share in scores.missing.items() if share}
-        text = (
-            f"{int(apart.sum())} of {len(apart)} groups of {self._parts.sampler.group_size} have a spread; "
-            + ", ".join(f"{name} {_range(part)}" for name, part in parts.items())
-        )
+        size = self._parts.sampler.group_size
+        text = f"{int(apart.sum())} of {len(apart)} groups of {size} have a spread; {ranges}"
         if missing:
             shares = ", ".join(f"{share:.0%} of {name}" for name, share in missing.items())
             return Note(f"{text}; missing: {shares} ({scores.reason})")
@@ -212,8 +209,8 @@ class Checks:
 def _spread(group: Tensor, scores: Tensor) -> Tensor:
     """Largest minus smallest score of each group, 0 of one without two scores."""
     spreads = []
-    for number in range(int(group.max()) + 1):
-        own = scores[group == number]
+    for row in range(int(group.max()) + 1):
+        own = scores[group == row]
         present = own[own.isfinite()]
         spreads.append(float(present.max() - present.min()) if len(present) > 1 else 0.0)
     return torch.tensor(spreads)

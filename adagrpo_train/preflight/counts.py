@@ -31,7 +31,8 @@ class Counts:
     updates: int  # optimizer steps
     evaluations_per_state: int
     iterations: int  # of the whole run
-    held_out: int  # images of one held-out evaluation, of this process
+    held_out_images: int  # of one evaluation, of all processes
+    held_out: int  # of one evaluation, of this process; where that does not divide, some are drawn twice
     held_out_evaluations: int  # in the whole run
 
     @property
@@ -91,6 +92,7 @@ def count(
         updates=schedule.updates_per_iteration,
         evaluations_per_state=evaluations_per_state,
         iterations=last,
+        held_out_images=values["evaluation"]["images"],
         held_out=-(-values["evaluation"]["images"] // processes),
         held_out_evaluations=2 + ((last - 1) // every if every else 0),
     )

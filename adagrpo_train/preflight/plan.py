@@ -33,16 +33,14 @@ def counted(counts: Counts, rewards: Sequence[str]) -> str:
     """
     many, run = counts.processes, counts.iterations
     images = counts.images * many
-    held_out = counts.held_out * many * counts.held_out_evaluations
+    held_out = counts.held_out_images * counts.held_out_evaluations
     kinds = [f"{number(samples * many)} {kind}" for kind, samples in _images(counts).items()]
     network = counts.network
     verbs = {"sampling": "to draw", "training": "to train", "reference": "of the reference"}
     evaluations = [f"{number(network[kind])} {verb}" for kind, verb in verbs.items() if network[kind]]
     asked = ", ".join(f"{number(images)} scores of {name}" for name in rewards)
     rows = {
-        "prompts": f"{number(counts.candidates * many)} candidates, of which {number(counts.chosen * many)} are trained on"
-        if counts.candidates
-        else f"{number(counts.chosen * many)}",
+        "prompts": _prompts(counts),
         "images": f"{number(images)}: {', '.join(kinds)}",
         "reward calls": asked or "none",
         "network": f"{number(sum(network.values()))} evaluations: {', '.join(evaluations)}",
@@ -50,7 +48,7 @@ def counted(counts: Counts, rewards: Sequence[str]) -> str:
     }
     whole = {
         "iterations": f"{number(run)}, and {counts.held_out_evaluations} evaluations of "
-        f"{number(counts.held_out * many)} held-out images",
+        f"{number(counts.held_out_images)} held-out images",
         "images": number(images * run + held_out),
         "reward calls": ", ".join(f"{number(images * run + held_out)} of {name}" for name in rewards) or "none",
         "network": f"{number(sum(network.values()) * run + _held_out_evaluations(counts))} evaluations",
@@ -97,11 +95,9 @@ def by_shapes(held: Mapping[str, float], work: Work, counts: Counts, *, engine: 
     )
     memory["at most"] = f"{size(together + work.kept)}, or {size(together + work.checkpointed)}; rewards aside"
     operations = operations_of_iteration(work, counts)
-    rows = {
-        "one iteration": f"{number(operations / TERA)} x 10^12 operations of each process; text encoders, rewards aside"
-    }
-    if operations < 100 * TERA:
-        rows["one iteration"] = rows["one iteration"].replace(number(operations / TERA), f"{operations / TERA:.3g}")
+    tera = operations / TERA
+    shown = number(tera) if tera > 100 else f"{tera:.3g}"
+    rows = {"one iteration": f"{shown} x 10^12 operations of each process; text encoders and rewards aside"}
     if tflops is not None:
         seconds = operations / (tflops * TERA)
         held_out = _operations_of_evaluation(work, counts) / (tflops * TERA)
@@ -127,6 +123,11 @@ def _held_out_evaluations(counts: Counts) -> int:
     """Network evaluations of all held-out evaluations of a run."""
     images = counts.held_out * counts.processes * counts.held_out_evaluations
     return images * counts.steps * counts.evaluations_per_state
+
+
+def _prompts(counts: Counts) -> str:
+    chosen, candidates = (number(each * counts.processes) for each in (counts.chosen, counts.candidates))
+    return f"{candidates} candidates, of which {chosen} are trained on" if counts.candidates else chosen
 
 
 def _images(counts: Counts) -> dict[str, int]:

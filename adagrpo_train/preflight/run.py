@@ -201,7 +201,8 @@ def _outlined(findings: Findings, settings: Settings, *, processes: int) -> Outl
 
     def make() -> str:
         outlines.append(Outline(settings, processes=processes))
-        return f"{settings.choices['model']} by its shapes, {number(sum(p.numel() for p in outlines[0].trained))} weights are trained"
+        trained = number(sum(parameter.numel() for parameter in outlines[0].trained))
+        return f"{settings.choices['model']} without its weights, of which {trained} are trained"
 
     findings.check("shapes", make)
     return outlines[0] if outlines else None
@@ -247,14 +248,16 @@ def _for_checks(settings: Settings, scratch: Path) -> Settings:
 def _in_memory(settings: Settings, check: Callable[[], str]) -> Callable[[], str]:
     """The same check; a GPU that is too small for it makes it fail."""
 
+    values = settings.values
+
     def within() -> str:
         try:
             return check()
         except torch.OutOfMemoryError as error:
             raise PreflightError(
-                f"out of memory ({str(error).partition('. ')[0]}). Lower update_micro_batch={settings.values['update_micro_batch']} "
-                f"or micro_batch={settings.values['micro_batch']}, set network.gradient_checkpointing=always, "
-                "prompt_cache=FOLDER, or an engine that divides more"
+                f"out of memory ({str(error).partition('. ')[0]}). Lower update_micro_batch="
+                f"{values['update_micro_batch']} or micro_batch={values['micro_batch']}, set "
+                "network.gradient_checkpointing=always, prompt_cache=FOLDER, or an engine that divides more"
             ) from error
 
     return within
