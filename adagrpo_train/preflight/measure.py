@@ -20,7 +20,7 @@ from adagrpo_train.types import Conditions, Images, Prompts, Rollout, Transition
 Seconds = np.ndarray
 """[2]: by the clock, and of this process's processor time."""
 
-_ENOUGH_SECONDS = 4.0
+_ENOUGH_SECONDS = 3.0
 """After so long a piece is not timed once more."""
 _MOST_REPEATS = 5
 

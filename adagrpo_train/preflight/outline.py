@@ -82,7 +82,7 @@ class Outline:
     def work(self) -> Work:
         """Of the network and of the decoder. Text encoders and rewards are not counted."""
         with self._computing():
-            one, two = (self._call(states) for states in (1, 2))
+            one, two = self._call(1, work=True), self._call(2, work=False)
             with FlopCounterMode(display=False) as decode, torch.no_grad():
                 latents = torch.zeros((1, *self.model.latent_shape), dtype=self.model.dtype, device=META)
                 self.model.pipeline.vae.decode(latents, return_dict=False)
@@ -95,9 +95,9 @@ class Outline:
             one.checkpointed + more * (two.checkpointed - one.checkpointed),
         )
 
-    def _call(self, states: int) -> Work:
-        """Of a velocity call of so many states, nothing decoded."""
-        network, meter = self.model.transformer, BlockMeter()
+    def _call(self, states: int, *, work: bool) -> Work:
+        """Of a velocity call of so many states, nothing decoded; without `work` what is kept alone."""
+        network, meter = self.model.transformer, BlockMeter(work=work)
         with meter.installed(network):
             with FlopCounterMode(display=False) as outside:
                 kept = saved_bytes(network, lambda: self._velocity(states))
@@ -128,12 +128,16 @@ class Outline:
 class BlockMeter:
     """Measures one block of each kind in a call of a network; those like it have the same, and are passed over.
 
+    Args:
+        work: whether operations are counted, too.
+
     Attributes:
         blocks: of every block, in the order they are called; of `Work` the decoding aside.
         counted: operations that a counter around the call has counted inside of blocks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, work: bool) -> None:
+        self._work = work
         self.blocks: list[Work] = []
         self.counted = 0.0
         self._known: dict[Any, tuple[Work, Any]] = {}
@@ -169,6 +173,8 @@ class BlockMeter:
             return _tensors(outputs[0])[0]
 
         kept = saved_bytes(block, first)
+        if not self._work:
+            return Work(0.0, 0.0, 0.0, kept, 0.0), _entered(outputs[0])
         with FlopCounterMode(display=False) as ahead, torch.no_grad():
             call()
         with FlopCounterMode(display=False) as both, torch.enable_grad():

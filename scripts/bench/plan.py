@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ FIGURES = ("iteration s", "iteration CPU s", "evaluation s", "evaluation CPU s",
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2, help="checks and trainings of each case")
-    parser.add_argument("--iterations", type=int, default=4, help="of each training; the first is not counted")
+    parser.add_argument("--iterations", type=int, default=4, help="of each training; the first one is not counted")
     parser.add_argument("--images", type=int, default=96, help="of an evaluation")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     options = parser.parse_args()
@@ -52,19 +53,10 @@ def main() -> None:
         print(f"{case:<30}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
 
 
-def alone(function: Callable[..., Any], *arguments: Any) -> tuple[float, ...]:
+def alone(function: Callable[..., tuple[float, ...]], *arguments: Any) -> tuple[float, ...]:
     """What a function returns in a process of its own, whose memory begins at nothing."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=_give, args=(results, function, arguments))
-    process.start()
-    result = results.get()
-    process.join()
-    return result
-
-
-def _give(results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    results.put(function(*arguments))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def checked(overrides: list[str], threads: int) -> tuple[float, ...]:
@@ -93,7 +85,7 @@ def trained(overrides: list[str], threads: int) -> tuple[float, ...]:
         status = train([*overrides, f"hydra.run.dir={Path(folder) / 'run'}"])
     assert status == 0
     seconds = [statistics.median(values) for values in zip(*iterations[1:], strict=True)]
-    held_out = [statistics.median(values) for values in zip(*evaluations, strict=True)]
+    _, held_out = evaluations  # the first one warms up
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return *seconds, *held_out, peak
 

@@ -16,6 +16,7 @@ from adagrpo_train.cli import check, train
 from adagrpo_train.settings import group_options
 from rewards import registry
 from tests.planted import Versioned
+from tests.runs import rows_so_far, run
 from tests.support import ASSETS, MID
 
 pytestmark = pytest.mark.slow
@@ -126,7 +127,10 @@ FAULTS = {
         [], "in all 2 groups every sample has the same score", "reward spread", _reward("Flat")
     ),
     "a reward that fails": Planted(
-        [], "none of 6 images got a score; custom: unsupported_item: the picture is too small", "reward spread", _reward("Blind")
+        [],
+        "none of 6 images got a score; custom: unsupported_item: the picture is too small",
+        "reward spread",
+        _reward("Blind"),
     ),
     "a server that is down": Planted([], "reward.shapes.startup_seconds=0.5", "parts", _closed_port),
     "scores of another library": Planted(
@@ -193,3 +197,38 @@ def test_the_plan_of_every_experiment_needs_no_weights(
     for line in ("network", "reward calls", "checkpoint", "an update", "at 400 TFLOP/s"):
         assert line in out
     assert_nothing_is_left(empty_places)
+
+
+def test_the_demo_passes(empty_places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main(["experiment=tiny_demo", "engine=single"]) == 0
+    out = capsys.readouterr().out
+    assert "FAILED" not in out
+    assert re.search(r"ratio +the first ratio is exactly 1 for 144 transitions, 48 states a call", out)
+    assert re.search(r"one iteration +[0-9.]+ s", out)
+    assert_nothing_is_left(empty_places)
+
+
+def test_the_plan_is_what_training_then_takes(tmp_path: Path) -> None:
+    """Memory within 20 %, files within 2 %, network evaluations exactly; of two processes."""
+    settings = ["trainable=full", "group_size=8", "micro_batch=8", "iterations=1", "algorithm.objective.kl_weight=0.01"]
+    settings += ["evaluation.images=16", f"hydra.run.dir={tmp_path / 'run'}"]
+    told = run(*settings, processes=2, module="check")
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert not (tmp_path / "run").exists()
+    done = run(*settings, processes=2)
+    assert done.returncode == 0, done.stderr
+
+    (row,) = (row for row in rows_so_far(tmp_path / "run") if "policy/loss" in row)
+    planned = {key: _figure(told.stdout, key) for key in ("memory", "checkpoint", "network")}
+    assert planned["memory"] == pytest.approx(row["memory/peak_bytes"], rel=0.2)
+    files = (tmp_path / "run" / "checkpoints" / "iteration_000001").iterdir()
+    assert planned["checkpoint"] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.02)
+    assert planned["network"] == sum(row[f"nfe/{kind}"] for kind in ("sampling", "training", "reference"))
+
+
+def _figure(out: str, name: str) -> float:
+    """The first number of the line of that name in the plan, bytes where it has a unit."""
+    plan = out[out.index("one iteration") :]
+    match = re.search(rf"^  {name} +([0-9.,]+) (kB|MB|GB)?", plan, flags=re.MULTILINE)
+    assert match, plan
+    return float(match[1].replace(",", "")) * {None: 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[match[2]]
