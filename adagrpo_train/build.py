@@ -1,12 +1,13 @@
 """Configuration -> parts -> Trainer, with the checks that need more than one part."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch.optim import Optimizer
@@ -50,6 +51,7 @@ class Methods:
 class Parts:
     """What training and evaluation share."""
 
+    model: Any
     policy: Policy
     encoder: PromptEncoder
     computation: Computation
@@ -61,45 +63,56 @@ class Parts:
     stop: StopRequest
 
 
+@dataclass(frozen=True)
+class Choices:
+    """Parts of a trainer that need no model."""
+
+    advantage: Advantage
+    objective: Objective
+    schedule: Schedule
+    visits: Visits
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A trainer beside what it was made of."""
+
+    trainer: Trainer
+    parts: Parts
+    prompts: PromptFile
+    curriculum: Curriculum
+    choices: Choices
+
+
 def make_engine(settings: Settings) -> Engine:
     """The process group, made first: everything else may depend on rank and device."""
-    return _make(settings.values["engine"], "engine")
+    return make(settings.values["engine"], "engine")
 
 
 def make_methods(values: dict[str, Any]) -> Methods:
     """The methods of a resolved configuration, fresh: without a past."""
     return Methods(
-        curriculum=_make(values["curriculum"], "curriculum"),
-        advantage=_make(values["advantage"], "advantage"),
-        objective=_make(values["algorithm"]["objective"], "algorithm.objective"),
-        rewards=[_entry(name, section) for name, section in values["reward"].items()],
+        curriculum=make(values["curriculum"], "curriculum"),
+        advantage=make(values["advantage"], "advantage"),
+        objective=make(values["algorithm"]["objective"], "algorithm.objective"),
+        rewards=[make_entry(name, section) for name, section in values["reward"].items()],
     )
 
 
 def make_parts(settings: Settings, engine: Engine, run_dir: Path, *, training: bool) -> Parts:
     """Model, policy, sampler, rewards, scorer and evaluator; for training the optimizer too."""
     values = settings.values
-    entries = [_entry(name, section) for name, section in values["reward"].items()]
+    entries = [make_entry(name, section) for name, section in values["reward"].items()]
     # Prompt files are read before the model is loaded: a wrong path should not cost a minute.
     heldout = read_prompts(Path(values["prompts"]["evaluation_path"]), key="prompts.evaluation_path")
-    model = _make(values["model"], "model", device=engine.device)
-    sampler = FlowSampler(
-        transition=_make(values["algorithm"]["transition"], "algorithm.transition"),
-        plan=_make(values["plan"], "plan"),
-        sigmas=model.sigmas,
-        latent_shape=model.latent_shape,
-        latent_dtype=model.dtype,
-        group_size=values["group_size"],
-        micro_batch=values["micro_batch"],
-        seed=values["seed"],
-        device=engine.device,
-    )
-    trainable = _make(values["trainable"], "trainable")
+    model = make(values["model"], "model", device=engine.device)
+    sampler = make_sampler(settings, model, engine.device)
+    trainable = make(values["trainable"], "trainable")
     trainable.attach(model, seed=values["seed"], reference=values["algorithm"]["objective"]["kl_weight"] > 0)
     computation = Computation(model, engine.device, **values["network"])
     encoder = PromptEncoder(model, folder=values["prompt_cache"], engine=engine)
     trained = [parameter for parameter in model.transformer.parameters() if parameter.requires_grad]
-    optimizer = _make(values["optimizer"], "optimizer", params=trained) if training else None
+    optimizer = make(values["optimizer"], "optimizer", params=trained) if training else None
     policy = Policy(
         model=model,
         trainable=trainable,
@@ -129,20 +142,56 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path, *, training: b
         scorer=scorer,
         engine=engine,
     )
-    return Parts(policy, encoder, computation, sampler, rewards, scorer, evaluator, optimizer, stop)
+    return Parts(model, policy, encoder, computation, sampler, rewards, scorer, evaluator, optimizer, stop)
+
+
+def make_sampler(settings: Settings, model: Any, device: torch.device) -> FlowSampler:
+    """The sampler of a flow model."""
+    values = settings.values
+    return FlowSampler(
+        transition=make(values["algorithm"]["transition"], "algorithm.transition"),
+        plan=make(values["plan"], "plan"),
+        sigmas=model.sigmas,
+        latent_shape=model.latent_shape,
+        latent_dtype=model.dtype,
+        group_size=values["group_size"],
+        micro_batch=values["micro_batch"],
+        seed=values["seed"],
+        device=device,
+    )
 
 
 def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Snapshot | None) -> tuple[Trainer, Parts]:
-    """The trainer of a new run, or of one that continues from a snapshot."""
+    """The trainer of a new run, or of one that continues from a snapshot, ready to train."""
+    run = assemble(settings, engine, run_dir)
+    trainer, parts = run.trainer, run.parts
+    try:
+        if snapshot:
+            check_same_rewards(settings, parts.scorer, snapshot)
+            trainer.restore(snapshot)
+        done = snapshot.iteration if snapshot else 0
+        drawn = _upcoming(run.prompts, run.curriculum.candidates, settings.values["iterations"] - done)
+        prepare(settings, engine, parts, chain(parts.evaluator.texts, drawn))
+    except BaseException:
+        parts.rewards.close()
+        raise
+    return trainer, parts
+
+
+def assemble(settings: Settings, engine: Engine, run_dir: Path) -> Assembly:
+    """All parts of a run, checked against each other; no prompt is encoded yet and nothing written.
+
+    Raises:
+        AdaGRPOError: names the first mistake; what had been started for the run has ended.
+    """
     values = settings.values
     prompts = PromptFile(path=values["prompts"]["path"], seed=values["seed"])
-    curriculum = _make(values["curriculum"], "curriculum")
+    curriculum = make(values["curriculum"], "curriculum")
     if curriculum.candidates > len(prompts):
         raise ConfigError(
             f"curriculum.candidates={curriculum.candidates}: prompts.path holds only {len(prompts)} prompts"
         )
-    # Mistakes in parts that need no model are found before one is loaded.
-    advantage, schedule, update = _make(values["advantage"], "advantage"), _schedule(values), _update_choices(values)
+    choices = make_choices(values)
     parts = make_parts(settings, engine, run_dir, training=True)
     assert parts.optimizer is not None
     inputs = inputs_of(settings)
@@ -150,45 +199,70 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
         trainer = Trainer(
             prompts=prompts,
             curriculum=curriculum,
+            advantage=choices.advantage,
+            schedule=choices.schedule,
             sampler=parts.sampler,
             scorer=parts.scorer,
-            advantage=advantage,
             policy=parts.policy,
             update=PolicyUpdate(
                 policy=parts.policy,
                 optimizer=parts.optimizer,
                 rates=_rates(parts.optimizer, values),
                 engine=engine,
+                objective=choices.objective,
+                visits=choices.visits,
                 sigma_max=parts.sampler.sigma_max,
                 max_grad_norm=values["max_grad_norm"],
-                **update,
             ),
             recorder=_recorder(values, engine, run_dir, parts.scorer, inputs),
             evaluator=parts.evaluator,
             checkpoints=Checkpoints(run_dir / "checkpoints", keep=values["checkpoint"]["keep"]),
             engine=engine,
             stop=parts.stop,
-            schedule=schedule,
             run_dir=run_dir,
             config=values,
             inputs=inputs,
         )
-        if snapshot:
-            check_same_rewards(settings, parts.scorer, snapshot)
-            trainer.restore(snapshot)
-        done = snapshot.iteration if snapshot else 0
-        drawn = _upcoming(prompts, curriculum.candidates, values["iterations"] - done)
-        parts.encoder.prepare(chain(parts.evaluator.texts, drawn))
-        parts.computation.prepare_training(
-            lambda: parts.policy.encode([parts.evaluator.texts[0]]),
-            values["update_micro_batch"],
-            lambda said: any(engine.gather_objects(said)),
-            divided=engine.divides_weights,
-        )
     except BaseException:
         parts.rewards.close()
         raise
-    return trainer, parts
+    return Assembly(trainer, parts, prompts, curriculum, choices)
+
+
+def prepare(settings: Settings, engine: Engine, parts: Parts, texts: Iterable[str]) -> None:
+    """What comes before the first call of the network: embeddings, and what is kept for the backward pass."""
+    parts.encoder.prepare(texts)
+    parts.computation.prepare_training(
+        lambda: parts.policy.encode([parts.evaluator.texts[0]]),
+        settings.values["update_micro_batch"],
+        lambda said: any(engine.gather_objects(said)),
+        divided=engine.divides_weights,
+    )
+
+
+def make_choices(values: dict[str, Any]) -> Choices:
+    """Parts of a trainer that need no model: mistakes in them are found before one is loaded."""
+    return Choices(
+        advantage=make(values["advantage"], "advantage"),
+        objective=make(values["algorithm"]["objective"], "algorithm.objective"),
+        schedule=Schedule(
+            iterations=values["iterations"],
+            inner_epochs=values["inner_epochs"],
+            updates_per_iteration=values["updates_per_iteration"],
+            max_grad_norm=values["max_grad_norm"],
+            evaluate_every=values["evaluation"]["every"],
+            save_every=values["checkpoint"]["every"],
+            max_skipped=values["scoring"]["max_skipped"],
+        ),
+        visits=Visits(
+            inner_epochs=values["inner_epochs"],
+            updates=values["updates_per_iteration"],
+            states=values["update_micro_batch"],
+            rollout_states=values["micro_batch"],
+            same_program=not values["network"]["compile"],
+            seed=values["seed"],
+        ),
+    )
 
 
 def _recorder(
@@ -202,33 +276,6 @@ def _recorder(
     return Recorder(folder=run_dir / "record", engine=engine, about=about, **values["record"])
 
 
-def _schedule(values: dict[str, Any]) -> Schedule:
-    return Schedule(
-        iterations=values["iterations"],
-        inner_epochs=values["inner_epochs"],
-        updates_per_iteration=values["updates_per_iteration"],
-        max_grad_norm=values["max_grad_norm"],
-        evaluate_every=values["evaluation"]["every"],
-        save_every=values["checkpoint"]["every"],
-        max_skipped=values["scoring"]["max_skipped"],
-    )
-
-
-def _update_choices(values: dict[str, Any]) -> dict[str, Any]:
-    """What the update needs beside the model, as arguments of PolicyUpdate."""
-    return {
-        "objective": _make(values["algorithm"]["objective"], "algorithm.objective"),
-        "visits": Visits(
-            inner_epochs=values["inner_epochs"],
-            updates=values["updates_per_iteration"],
-            states=values["update_micro_batch"],
-            rollout_states=values["micro_batch"],
-            same_program=not values["network"]["compile"],
-            seed=values["seed"],
-        ),
-    }
-
-
 def make_tracker(settings: Settings, run_dir: Path, snapshot: Snapshot | None) -> Tracker:
     """The local record and the console, and whatever `tracker` adds; for the main rank only."""
     from adagrpo_train.tracking.composite import CompositeTracker
@@ -237,7 +284,7 @@ def make_tracker(settings: Settings, run_dir: Path, snapshot: Snapshot | None) -
 
     configured = settings.values["tracker"] or {}
     trackers: list[Tracker] = [JsonlTracker(), ConsoleTracker()]
-    trackers += [_make(section, f"tracker.{name}") for name, section in configured.items()]
+    trackers += [make(section, f"tracker.{name}") for name, section in configured.items()]
     tracker = CompositeTracker(trackers)
     tracker.start(
         RunInfo(
@@ -254,10 +301,10 @@ def make_tracker(settings: Settings, run_dir: Path, snapshot: Snapshot | None) -
     return tracker
 
 
-def _entry(name: str, section: dict[str, Any]) -> RewardEntry:
+def make_entry(name: str, section: dict[str, Any]) -> RewardEntry:
     if "_target_" not in section:
         raise ConfigError(f"reward.{name}: has settings but is not chosen; add {name} to reward=[...]")
-    return _make(section, f"reward.{name}", name=name)
+    return make(section, f"reward.{name}", name=name)
 
 
 def _default_name(settings: Settings) -> str:
@@ -294,7 +341,7 @@ def _rates(optimizer: Optimizer, values: dict[str, Any]) -> LambdaLR:
     )
 
 
-def _make(section: dict[str, Any], key: str, **arguments: Any) -> Any:
+def make(section: dict[str, Any], key: str, **arguments: Any) -> Any:
     """Construct the `_target_` of a section; runtime objects are passed as arguments."""
     try:
         return instantiate(section, _partial_=True, _convert_="all")(**arguments)

@@ -154,6 +154,14 @@ def choose_run_dir(settings: Settings, engine: Engine, snapshot: Snapshot | None
         ConfigError: a new run would write over an old one, or a continued one over its own later part; or nothing
             is left to do.
     """
+    run_dir = find_run_dir(settings, engine, snapshot)
+    if snapshot is not None:
+        _on_main(engine, lambda: _copy_records(checkpoint_of(settings).parent.parent, run_dir))
+    return run_dir
+
+
+def find_run_dir(settings: Settings, engine: Engine, snapshot: Snapshot | None) -> Path:
+    """What choose_run_dir() chooses, or its refusal; nothing is written."""
     if snapshot is None:
         return _on_main(engine, lambda: _new_run_dir(settings))
     return _on_main(engine, lambda: _continued_run_dir(settings, snapshot))
@@ -176,7 +184,6 @@ def _continued_run_dir(settings: Settings, snapshot: Snapshot) -> Path:
     source = path.parent.parent
     if settings.run_dir_given and settings.run_dir.resolve() != source:
         _refuse_used(settings.run_dir)
-        _copy_records(source, settings.run_dir)
         return settings.run_dir
     later = checkpoint.later_than(path)
     if later:
@@ -199,6 +206,8 @@ def _refuse_used(run_dir: Path) -> None:
 
 
 def _copy_records(source: Path, run_dir: Path) -> None:
+    if run_dir.resolve() == source:
+        return
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "prompts.jsonl", "advantages.jsonl", "evaluations", "images"):
         if (source / name).is_dir():

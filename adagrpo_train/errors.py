@@ -30,3 +30,7 @@ class TrainingError(AdaGRPOError):
 
 class CheckpointError(AdaGRPOError):
     """A checkpoint is absent, damaged or belongs to another configuration."""
+
+
+class PreflightError(AdaGRPOError):
+    """Checks made before a run found that it should not be started."""

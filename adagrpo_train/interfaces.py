@@ -56,6 +56,9 @@ class Transition(Protocol):
 
     def step(self, x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: float) -> Gaussian: ...
     def log_prob(self, x_next: Tensor, step: Gaussian) -> Tensor: ...
+    def noiseless(self) -> "Transition":
+        """The same step with its noise switched off, which must be the ODE's; it has no density."""
+        ...
 
 
 class Plan(Protocol):

@@ -122,7 +122,7 @@ class Trainer:
         self._first, self._skipped = 0, 0
         self._timer = StageTimer()
         self._tracker: Tracker | None = None
-        self._check_counts()
+        update.check_batches(batches_of_each(curriculum, sampler, engine.world_size))
 
     def train(self, tracker: Tracker | None) -> str:
         """Run until the last iteration, or until asked to stop.
@@ -426,17 +426,20 @@ class Trainer:
             _log.info("saved %s", path)
         self._engine.wait()
 
-    def _check_counts(self) -> None:
-        """Refuse counts that cannot work: of prompts per process, and of batches for the updates.
 
-        Ranks hold equally many prompts: then no gather needs padding and every gradient has equal weight.
-        """
-        world = self._engine.world_size
-        for key in ("candidates", "chosen"):
-            count = getattr(self._curriculum, key)
-            if count % world:
-                raise ConfigError(f"curriculum.{key}={count} must be a multiple of the {world} processes")
-        self._update.check_batches(self._sampler.batch_sizes(self._curriculum.chosen // world))
+def batches_of_each(curriculum: Curriculum, sampler: FlowSampler, processes: int) -> list[int]:
+    """States of each network batch of one rollout on each process.
+
+    Ranks hold equally many prompts: then no gather needs padding and every gradient has equal weight.
+
+    Raises:
+        ConfigError: the prompts of an iteration cannot be divided so.
+    """
+    for key in ("candidates", "chosen"):
+        count = getattr(curriculum, key)
+        if count % processes:
+            raise ConfigError(f"curriculum.{key}={count} must be a multiple of the {processes} processes")
+    return sampler.batch_sizes(curriculum.chosen // processes)
 
 
 def _share(rows: list[int], engine: Engine) -> list[int]:

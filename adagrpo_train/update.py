@@ -21,6 +21,38 @@ from adagrpo_train.types import Conditions, Loss, Transitions
 Watch = Callable[[int, Transitions, Loss, float], None]
 
 
+def check_batches(sizes: list[int], visits: Visits, processes: int) -> None:
+    """Refuse rollouts whose batches cannot be shared among the optimizer steps of an inner epoch.
+
+    Args:
+        sizes: states of each network batch of one rollout on each process.
+        visits: which batches each optimizer step visits.
+
+    Raises:
+        ConfigError: too few batches, or processes would differ in what they compute.
+    """
+    batches, per_epoch = len(sizes), visits.updates // visits.inner_epochs
+    if batches < per_epoch:
+        raise ConfigError(
+            f"updates_per_iteration={visits.updates}: an inner epoch has only {batches} "
+            f"batches on each process for {per_epoch} updates; lower micro_batch or updates_per_iteration"
+        )
+    if processes > 1 and batches % per_epoch:
+        raise ConfigError(
+            f"updates_per_iteration={visits.updates}: with {processes} processes the {batches} "
+            f"batches of each must be a multiple of the {per_epoch} updates of an inner epoch, or processes would "
+            "differ in how much they compute; change micro_batch or updates_per_iteration"
+        )
+    # Which batch goes to which update is drawn for each process: with other numbers of parts they would wait for
+    # each other's gradients, or weights, for ever.
+    if processes > 1 and per_epoch > 1 and len({visits.parts(size) for size in sizes}) > 1:
+        raise ConfigError(
+            f"update_micro_batch={visits.states}: with {processes} processes and {per_epoch} updates in an inner "
+            f"epoch, batches of {sizes[0]} and of {sizes[-1]} states must fall into equally many parts; set "
+            f"update_micro_batch={visits.rollout_states}, or a micro_batch that divides the states of each"
+        )
+
+
 class PolicyUpdate:
     """Moves the weights by the transitions of one iteration, and keeps what that has as state.
 
@@ -86,35 +118,8 @@ class PolicyUpdate:
         return figures.reduced(self._engine) | {"policy/updates": float(self._engine.optimizer_steps - before)}
 
     def check_batches(self, sizes: list[int]) -> None:
-        """Refuse rollouts whose batches cannot be shared among the optimizer steps of an inner epoch.
-
-        Args:
-            sizes: states of each network batch of one rollout on each process.
-
-        Raises:
-            ConfigError: too few batches, or processes would differ in what they compute.
-        """
-        world, visits = self._engine.world_size, self._visits
-        batches, per_epoch = len(sizes), visits.updates // visits.inner_epochs
-        if batches < per_epoch:
-            raise ConfigError(
-                f"updates_per_iteration={visits.updates}: an inner epoch has only {batches} "
-                f"batches on each process for {per_epoch} updates; lower micro_batch or updates_per_iteration"
-            )
-        if world > 1 and batches % per_epoch:
-            raise ConfigError(
-                f"updates_per_iteration={visits.updates}: with {world} processes the {batches} "
-                f"batches of each must be a multiple of the {per_epoch} updates of an inner epoch, or processes would "
-                "differ in how much they compute; change micro_batch or updates_per_iteration"
-            )
-        # Which batch goes to which update is drawn for each process: with other numbers of parts they would wait for
-        # each other's gradients, or weights, for ever.
-        if world > 1 and per_epoch > 1 and len({visits.parts(size) for size in sizes}) > 1:
-            raise ConfigError(
-                f"update_micro_batch={visits.states}: with {world} processes and {per_epoch} updates in an inner "
-                f"epoch, batches of {sizes[0]} and of {sizes[-1]} states must fall into equally many parts; set "
-                f"update_micro_batch={visits.rollout_states}, or a micro_batch that divides the states of each"
-            )
+        """Refuse rollouts with batches of these sizes: see check_batches()."""
+        check_batches(sizes, self._visits, self._engine.world_size)
 
     def optimizer_state(self) -> dict[str, Any]:
         """State of whole parameters; what is divided among processes is put together by all of them."""

@@ -1,6 +1,7 @@
 """Rewards by name: the ones shipped here, and those that installed packages announce."""
 
 import difflib
+import inspect
 import json
 import math
 import pkgutil
@@ -54,6 +55,16 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> Reward:
     if not isinstance(reward, Reward) or version != API_VERSION:
         raise TypeError(f"reward {name}: {factory!r} makes no reward of api_version {API_VERSION} (it says {version})")
     return reward
+
+
+def default_settings(name: str) -> dict[str, Any]:
+    """What a reward takes for the settings that it is not given; of one without defaults nothing.
+
+    Raises:
+        UnknownRewardError: as make().
+    """
+    parameters = inspect.signature(_factory(name)).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def json_object(text: str) -> dict[str, Any]:

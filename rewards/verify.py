@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from rewards import registry
-from rewards.contract import ItemError, Reward, Sample
+from rewards.contract import ItemError, Reward, RewardInfo, Sample
 
 _ASSETS = Path(__file__).parent / "assets" / "verify"
 _SHIPPED = _ASSETS / "recorded.json"
@@ -42,13 +43,10 @@ def record_of(reward: Reward, device: str) -> dict[str, Any]:
     Raises:
         ValueError: it refuses all, or a score is no finite number.
     """
-    prompts = reward.info.example_prompts
     scores: list[dict[str, float] | str] = []
-    for number, file in enumerate(sorted(_ASSETS.glob("*.png"))):
-        with Image.open(file) as picture:
-            image = np.asarray(picture.convert("RGB"))
+    for sample in samples(reward.info):
         try:
-            (score,) = reward.score([Sample(file.stem, prompts[number % len(prompts)], image)])
+            (score,) = reward.score([sample])
             scores.append(_finite({metric: float(score[metric]) for metric in reward.info.metrics}))
         except ItemError as error:
             scores.append(str(error))
@@ -56,6 +54,26 @@ def record_of(reward: Reward, device: str) -> dict[str, Any]:
         raise ValueError(f"it refuses every picture: {scores[0]}")
     libraries = {name: found for name in _LIBRARIES if (found := _version(name))}
     return {"scores": scores, "fingerprint": reward.fingerprint(), "device": device, "libraries": libraries}
+
+
+def samples(info: RewardInfo) -> list[Sample]:
+    """The bundled pictures, each with a prompt that the reward accepts."""
+    made = []
+    for number, file in enumerate(sorted(_ASSETS.glob("*.png"))):
+        with Image.open(file) as picture:
+            image = np.asarray(picture.convert("RGB"))
+        made.append(Sample(file.stem, info.example_prompts[number % len(info.example_prompts)], image))
+    return made
+
+
+def recorded(name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What this package has recorded of a reward with these settings, or with defaults that say the same."""
+    defaults = registry.default_settings(name)
+    for key, record in _read(_SHIPPED).items():
+        other, _, text = key.partition(" ")
+        if other == name and defaults | json.loads(text) == defaults | settings:
+            return record
+    return None
 
 
 def differences(recorded: list[Any], found: list[Any], tolerance: float) -> list[str]:

@@ -13,54 +13,47 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
 
-from scripts.bench.drawn import SIZES
+from adagrpo_train.models.published import PIPELINES
 
-_SD35, _FLUX = SIZES["sd35_medium"], SIZES["flux_dev"]
-_PLAIN = {key: value for key, value in _SD35.transformer.items() if key not in ("qk_norm", "dual_attention_layers")}
-_LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
-TRANSFORMERS: dict[str, Mapping[str, Any]] = {
-    "sd3_medium": _PLAIN | {"pos_embed_max_size": 192},
-    "sd35_medium": _SD35.transformer,
-    "sd35_large": _PLAIN | _LARGE | {"qk_norm": "rms_norm"},
-    "flux_dev": _FLUX.transformer,
-    "flux_schnell": {**_FLUX.transformer, "guidance_embeds": False},
+HUB = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3_medium",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35_medium",
+    "stabilityai/stable-diffusion-3.5-large": "sd35_large",
+    "black-forest-labs/FLUX.1-dev": "flux_dev",
+    "black-forest-labs/FLUX.1-schnell": "flux_schnell",
 }
-SCHEDULERS = {"flux_dev": _FLUX.scheduler, "flux_schnell": {"shift": 1.0, "use_dynamic_shifting": False}}
+PARTS = {name: PIPELINES[hub] for hub, name in HUB.items()}
+TRANSFORMERS: dict[str, Mapping[str, Any]] = {name: parts["transformer"][1] for name, parts in PARTS.items()}
 
 
 @cache
 def pipeline(name: str) -> Any:
     """The pipeline of a model config, without text encoders; the same one every time until pipeline.cache_clear()."""
-    size = _FLUX if name.startswith("flux") else _SD35
-    kind: Any = getattr(diffusers, size.transformer_class)
+    (class_name, config), (_, vae_config), (_, scheduler) = (
+        PARTS[name][part] for part in ("transformer", "vae", "scheduler")
+    )
+    kind: Any = getattr(diffusers, class_name)
     with torch.device("meta"):
-        transformer, vae = kind(**TRANSFORMERS[name]), AutoencoderKL(**size.vae)
+        transformer, vae = kind(**config), AutoencoderKL(**vae_config)
     parts = {
         "transformer": transformer,
         "vae": vae,
-        "scheduler": FlowMatchEulerDiscreteScheduler(**SCHEDULERS.get(name, size.scheduler)),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**scheduler),
         "text_encoder": None,
         "tokenizer": None,
         "text_encoder_2": None,
         "tokenizer_2": None,
     }
-    if size is _FLUX:
+    if name.startswith("flux"):
         return FluxPipeline(**parts)
     return StableDiffusion3Pipeline(**parts, text_encoder_3=None, tokenizer_3=None)
 
 
 def serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let hub ids of the model configs load those pipelines instead of a download."""
-    hub = {
-        "stabilityai/stable-diffusion-3-medium-diffusers": "sd3_medium",
-        "stabilityai/stable-diffusion-3.5-medium": "sd35_medium",
-        "stabilityai/stable-diffusion-3.5-large": "sd35_large",
-        "black-forest-labs/FLUX.1-dev": "flux_dev",
-        "black-forest-labs/FLUX.1-schnell": "flux_schnell",
-    }
 
     def from_pretrained(path: str, *, dtype: torch.dtype, use_safetensors: bool, **_: None) -> Any:
-        whole = pipeline(hub[path])
+        whole = pipeline(HUB[path])
         whole.transformer.to = partial(_stay, whole.transformer)
         whole.to = lambda device: whole
         for part in (whole.transformer, whole.vae):

@@ -1,12 +1,16 @@
 """The stochastic sampling steps an algorithm is built from: constants around functional/transitions."""
 
+from copy import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.functional import transitions as f
 from adagrpo_train.types import Gaussian
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,9 @@ class FlowSDE:
     def log_prob(self, x_next: Tensor, step: Gaussian) -> Tensor:
         return f.gaussian_log_prob(x_next, step)
 
+    def noiseless(self) -> "FlowSDE":
+        return _with(self, "noise_level", 0.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantSDE:
@@ -39,6 +46,9 @@ class ConstantSDE:
 
     def log_prob(self, x_next: Tensor, step: Gaussian) -> Tensor:
         return f.gaussian_log_prob(x_next, step)
+
+    def noiseless(self) -> "ConstantSDE":
+        return _with(self, "eta", 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +69,9 @@ class CPS:
     def log_prob(self, x_next: Tensor, step: Gaussian) -> Tensor:
         return f.cps_log_prob(x_next, step)
 
+    def noiseless(self) -> "CPS":
+        return _with(self, "noise_level", 0.0)
+
 
 def _require_positive(name: str, value: float) -> None:
     if not 0 < value < float("inf"):
@@ -66,3 +79,10 @@ def _require_positive(name: str, value: float) -> None:
         raise ConfigError(
             f"algorithm.transition.{key}={value}: a policy gradient needs stochastic steps, so this must be > 0"
         )
+
+
+def _with(transition: T, name: str, value: float) -> T:
+    """A copy with a value that the constructor refuses, since nothing could be trained on it."""
+    changed = copy(transition)
+    object.__setattr__(changed, name, value)
+    return changed

@@ -79,6 +79,11 @@ class Visits:
         }
         return [_visited(present, first), *(_visited(before, rows) for rows in others)]
 
+    def visited_later(self, count: int) -> list[int]:
+        """Of so many batches those that an optimizer step after the first visits in the first iteration."""
+        steps = [rows for epoch in range(self.inner_epochs) for rows in self._steps(count, 0, 0, epoch)]
+        return sorted({row for rows in steps[1:] for row in rows})
+
     def _steps(self, count: int, number: int, iteration: int, epoch: int) -> list[list[int]]:
         seed = (self.seed * 1_000_003 + iteration) * 1_009 + epoch
         return visits(count=count, first=number, updates=self.updates // self.inner_epochs, seed=seed)

@@ -19,7 +19,12 @@ _LATER_SECONDS = 2.0
 
 
 def run_command(arguments: list[str] | None, usage: str, command: "Callable[[Settings, Engine], None]") -> int:
-    """Read the settings and run a command on each process.
+    """Read the settings and run a command on each process; see with_settings()."""
+    return with_settings(arguments, usage, lambda settings: on_each_rank(settings, command))
+
+
+def with_settings(arguments: list[str] | None, usage: str, act: Callable[[Settings], None]) -> int:
+    """Read the settings and do something with them.
 
     Args:
         arguments: of the command line; None takes those of this process.
@@ -45,7 +50,7 @@ def run_command(arguments: list[str] | None, usage: str, command: "Callable[[Set
 
             sys.stdout.write(OmegaConf.to_yaml(OmegaConf.create(settings.values)))
             return 0
-        _on_each_rank(settings, command)
+        act(settings)
     except AdaGRPOError as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0":
@@ -59,7 +64,7 @@ def run_command(arguments: list[str] | None, usage: str, command: "Callable[[Set
     return 0
 
 
-def _on_each_rank(settings: Settings, command: "Callable[[Settings, Engine], None]") -> None:
+def on_each_rank(settings: Settings, command: "Callable[[Settings, Engine], None]") -> None:
     """Join the other processes and run a command; if one of them fails, all end."""
     # Imported here: it takes seconds, and neither --help nor a misspelt key needs it.
     from adagrpo_train import build

@@ -101,6 +101,16 @@ class FluxModel(PipelineModel):
         )
         return Conditions(embeds, pooled)
 
+    def blank_conditions(self, rows: int) -> Conditions:
+        """Zeros of the shapes that encode() gives for so many texts; no text encoder is asked."""
+        config = self.pipeline.transformer.config
+        return Conditions(
+            torch.zeros(
+                (rows, self._max_sequence_length, config.joint_attention_dim), dtype=self.dtype, device=self.device
+            ),
+            torch.zeros((rows, config.pooled_projection_dim), dtype=self.dtype, device=self.device),
+        )
+
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         """Velocity [R, *latent] in the network's dtype.
 

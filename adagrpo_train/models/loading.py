@@ -9,12 +9,16 @@ from typing import Any
 import torch
 
 from adagrpo_train.errors import ConfigError
+from adagrpo_train.models.outline import outline
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def load(pipeline_class: Any, path: str, dtype: torch.dtype, without: Sequence[str]) -> Any:
+def load(pipeline_class: Any, path: str, dtype: torch.dtype, without: Sequence[str], *, device: torch.device) -> Any:
     """A pipeline from a folder or the hub, without the named components.
+
+    Args:
+        device: where it will live; on torch's meta device it has shapes and no weights, and no file of weights is read.
 
     Raises:
         ConfigError: says why it cannot be loaded, and the remedy.
@@ -30,6 +34,8 @@ def load(pipeline_class: Any, path: str, dtype: torch.dtype, without: Sequence[s
         _check_folder(path, folder, pipeline_class, without)
     elif not _HUB_ID.fullmatch(path):
         raise ConfigError(f"model.path={path}: no such folder, and no id of a model on the hub, OWNER/NAME")
+    if device.type == "meta":
+        return outline(pipeline_class, path, dtype, without)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     source = str(folder) if looks_local else path

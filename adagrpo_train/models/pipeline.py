@@ -66,7 +66,7 @@ class PipelineModel:
         if decode_batch < 1:
             raise ConfigError(f"model.decode_batch={decode_batch}: must be >= 1")
         self.dtype, self.device = _dtype(dtype), device
-        self.pipeline = load(pipeline_class, path, self.dtype, without).to(device)
+        self.pipeline = load(pipeline_class, path, self.dtype, without, device=device).to(device)
         self.num_steps, self._decode_batch, self._path = num_steps, decode_batch, path
         self._without: tuple[str, ...] = tuple(without)
         self._released: tuple[str, ...] = ()
@@ -145,7 +145,13 @@ class PipelineModel:
         """Write the whole pipeline for `from_pretrained(folder, ...)` of its class."""
         released = self._released
         if released:
-            again = load(type(self.pipeline), self._path, self.dtype, (*self._without, "transformer", "vae"))
+            again = load(
+                type(self.pipeline),
+                self._path,
+                self.dtype,
+                (*self._without, "transformer", "vae"),
+                device=self.device,
+            )
             self.pipeline.register_modules(**{name: getattr(again, name) for name in released})
         self.pipeline.save_pretrained(str(folder))
         if released:

@@ -107,6 +107,14 @@ class SD3Model(PipelineModel):
         )
         return Conditions(embeds, pooled, negative if guided else None, negative_pooled if guided else None)
 
+    def blank_conditions(self, rows: int) -> Conditions:
+        """Zeros of the shapes that encode() gives for so many texts; no text encoder is asked."""
+        config = self.pipeline.transformer.config
+        tokens = self.pipeline.tokenizer_max_length + self._max_sequence_length
+        embeds = torch.zeros((rows, tokens, config.joint_attention_dim), dtype=self.dtype, device=self.device)
+        pooled = torch.zeros((rows, config.pooled_projection_dim), dtype=self.dtype, device=self.device)
+        return Conditions(embeds, pooled, embeds, pooled) if self.guidance_scale > 1 else Conditions(embeds, pooled)
+
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         """Guided velocity [R, *latent] in the network's dtype.
 

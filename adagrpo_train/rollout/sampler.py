@@ -72,6 +72,23 @@ class FlowSampler:
         """Second sigma of the grid; it stands in for sigma = 1 where Flow-SDE divides by 1 - sigma."""
         return float(self._grid[1])
 
+    @property
+    def micro_batch(self) -> int:
+        """Most states per network call."""
+        return self._micro_batch
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self._latent_shape
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        return self._latent_dtype
+
+    def sigma(self, i: int, like: Tensor) -> Tensor:
+        """The time grid at i [R] float32, for R states."""
+        return self._sigmas[i].expand(len(like))
+
     def steps(self, iteration: int) -> StepPlan:
         """Noisy and trained steps of an iteration, the same on every rank."""
         return self._plan.steps(iteration, self.num_steps, self._seed)
@@ -155,7 +172,7 @@ class FlowSampler:
                     x = self._ode_step(velocity, x, i, c)
                     continue
                 noise = self._noise(prompts[owners], members, iteration, i)
-                step = self._draw(velocity, x, self._sigma(i, x), self._sigma(i + 1, x), c, noise, prompt[rows], rows)
+                step = self._draw(velocity, x, self.sigma(i, x), self.sigma(i + 1, x), c, noise, prompt[rows], rows)
                 if i in plan.trained:
                     recorded.append(step)
                 x = step.x_next
@@ -227,13 +244,10 @@ class FlowSampler:
     def _ode_step(self, velocity: Velocity, x: Tensor, i: int, conditions: Conditions) -> Tensor:
         parts = []
         for rows in torch.arange(len(x), device=self._device).split(self._micro_batch):
-            sigma, sigma_next = self._sigma(i, rows), self._sigma(i + 1, rows)
+            sigma, sigma_next = self.sigma(i, rows), self.sigma(i + 1, rows)
             v = velocity(x[rows], sigma, conditions[rows])
             parts.append(ode_step(x[rows], v, sigma, sigma_next).to(self._latent_dtype))
         return torch.cat(parts)
-
-    def _sigma(self, i: int, like: Tensor) -> Tensor:
-        return self._sigmas[i].expand(len(like))
 
     def _initial_noise(self, prompts: Prompts, samples: list[int], iteration: int) -> Tensor:
         return self._noise(prompts, samples, iteration, INITIAL).to(self._latent_dtype)

@@ -152,17 +152,18 @@ def repeated_blocks(network: nn.Module) -> Iterator[nn.Module]:
 
 def saved_bytes(network: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes of the distinct tensors that a call of a network keeps for its backward pass, its weights aside."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    # Not by address: on the meta device all have the same.
+    weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
         return tensor.detach()  # itself it would hold the graph that holds it
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = forward()  # until it goes, what is kept keeps its address
+        output = forward()  # until it goes, what is kept keeps its place
     del output
     return sum(kept.values())
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adagrpo_train.models import pipeline
+from adagrpo_train.models.published import PIPELINES
 
 
 @dataclass(frozen=True)
@@ -36,73 +37,22 @@ class Size:
     clip_tokens: int
 
 
-# The VAE of both: 8 x 8 pixels per latent pixel, 16 channels. vae/config.json of either repository.
-_VAE: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-_TINY_VAE = _VAE | {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
-
-# stabilityai/stable-diffusion-3.5-medium: transformer/config.json, scheduler/scheduler_config.json, vae/config.json.
-_SD35: dict[str, Any] = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-_SD35_VAE = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
-_SD35_SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0}
-
-# black-forest-labs/FLUX.1-dev: transformer/config.json, scheduler/scheduler_config.json, vae/config.json.
-_FLUX: dict[str, Any] = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": (16, 56, 56),
-}
-_FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
-_FLUX_SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-}
+_SD35_PARTS = PIPELINES["stabilityai/stable-diffusion-3.5-medium"]
+_FLUX_PARTS = PIPELINES["black-forest-labs/FLUX.1-dev"]
+_SD35, _SD35_VAE, _SD35_SCHEDULER = (dict(_SD35_PARTS[part][1]) for part in ("transformer", "vae", "scheduler"))
+_FLUX, _FLUX_VAE, _FLUX_SCHEDULER = (dict(_FLUX_PARTS[part][1]) for part in ("transformer", "vae", "scheduler"))
+_TINY_VAE: dict[str, Any] = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
 SIZES = {
-    "sd35_medium": Size("SD3Transformer2DModel", _SD35, _VAE | _SD35_VAE, _SD35_SCHEDULER, 2_243_171_520, 77),
-    "flux_dev": Size("FluxTransformer2DModel", _FLUX, _VAE | _FLUX_VAE, _FLUX_SCHEDULER, 11_901_408_320, 0),
+    "sd35_medium": Size("SD3Transformer2DModel", _SD35, _SD35_VAE, _SD35_SCHEDULER, 2_243_171_520, 77),
+    "flux_dev": Size("FluxTransformer2DModel", _FLUX, _FLUX_VAE, _FLUX_SCHEDULER, 11_901_408_320, 0),
     "sd35_medium_tiny": Size(
         "SD3Transformer2DModel",
         _SD35
         | {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16}
         | {"joint_attention_dim": 16, "pooled_projection_dim": 16, "pos_embed_max_size": 16, "sample_size": 8}
         | {"dual_attention_layers": (0,)},
-        _TINY_VAE | _SD35_VAE,
+        _SD35_VAE | _TINY_VAE,
         _SD35_SCHEDULER,
         0,
         77,
@@ -112,7 +62,7 @@ SIZES = {
         _FLUX
         | {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
         | {"joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": (2, 2, 4)},
-        _TINY_VAE | _FLUX_VAE,
+        _FLUX_VAE | _TINY_VAE,
         _FLUX_SCHEDULER,
         0,
         0,
@@ -125,7 +75,7 @@ def models_drawn(device: torch.device) -> Iterator[None]:
     """Inside, `model.path=NAME` of a `Size` gives random weights, drawn on the device in the model's own dtype."""
     load = pipeline.load
 
-    def drawn(pipeline_class: Any, path: str, dtype: torch.dtype, without: Sequence[str]) -> Any:
+    def drawn(pipeline_class: Any, path: str, dtype: torch.dtype, without: Sequence[str], **_: Any) -> Any:
         return _pipeline(pipeline_class, SIZES[path], dtype, device)
 
     pipeline.load = drawn

@@ -163,7 +163,7 @@ def optimizers(repeats: int) -> None:
         for parameter in model.transformer.parameters():
             parameter.grad = torch.randn_like(parameter)
         try:
-            optimizer = build._make(
+            optimizer = build.make(
                 read_settings([f"optimizer={name}"]).values["optimizer"],
                 "optimizer",
                 params=list(model.transformer.parameters()),

@@ -143,7 +143,7 @@ def test_a_preset_holds_the_published_numbers(name: str) -> None:
     found = {key: _value(values, key) for key in PUBLISHED[name]}
     assert found == PUBLISHED[name]
     for reward, section in values["reward"].items():
-        assert build._entry(reward, section).name == reward
+        assert build.make_entry(reward, section).name == reward
 
 
 @pytest.mark.parametrize("name", ["flow_grpo_sd35", "flow_cps_sd35", "dance_grpo_flux"])

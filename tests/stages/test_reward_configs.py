@@ -67,7 +67,7 @@ def test_mistakes_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings = read_settings(overrides)
         for name, section in settings.values["reward"].items():
-            entry = build._entry(name, section)
+            entry = build.make_entry(name, section)
             connect.make(entry)
 
 
@@ -84,7 +84,7 @@ def test_a_mapping_of_weights_is_all_the_weights() -> None:
 
 def test_the_weights_of_a_reward_for_evaluation_do_not_count() -> None:
     settings = read_settings(["reward=[shapes,jpeg_size]", "reward.jpeg_size.role=evaluation"])
-    entry = build._entry("jpeg_size", settings.values["reward"]["jpeg_size"])
+    entry = build.make_entry("jpeg_size", settings.values["reward"]["jpeg_size"])
     assert entry.weights == {}
 
 
@@ -112,6 +112,6 @@ def test_nobody_reads_the_password_of_an_address() -> None:
     for mode in ("inproc", "remote"):
         section = read_settings(["reward.shapes.urls=['http://me:secret@host:1']", f"reward.shapes.mode={mode}"])
         with pytest.raises(ConfigError, match=r"reward\.shapes\.urls=.*host:1") as refused:
-            entry = build._entry("shapes", section.values["reward"]["shapes"])
+            entry = build.make_entry("shapes", section.values["reward"]["shapes"])
             connect.Rewards([entry], engine=alone(), log_dir=Path())
         assert "secret" not in str(refused.value)
