@@ -17,6 +17,7 @@ from adagrpo_train.continuation import check_same_rewards, checkpoint_of, inputs
 from adagrpo_train.errors import AdaGRPOError, ConfigError
 from adagrpo_train.evaluator import Evaluator
 from adagrpo_train.functional.schedules import warmup_constant_anneal
+from adagrpo_train.health.monitor import Health
 from adagrpo_train.interfaces import PromptSource, Tracker
 from adagrpo_train.prompts.source import PromptFile, read_prompts
 from adagrpo_train.rollout.sampler import FlowSampler
@@ -113,6 +114,8 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path, *, training: b
 def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Snapshot | None) -> tuple[Trainer, Parts]:
     """The trainer of a new run, or of one that continues from a snapshot."""
     values = settings.values
+    if values["health"]["stop"] and not values["evaluation"]["every"]:
+        raise ConfigError("health.stop=true: an alarm needs evaluations during training; set evaluation.every > 0")
     prompts = PromptFile(path=values["prompts"]["path"], seed=values["seed"])
     curriculum = _make(values["curriculum"], "curriculum")
     if curriculum.candidates > len(prompts):
@@ -133,6 +136,7 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
             rates=_rates(parts.optimizer, values),
             evaluator=parts.evaluator,
             checkpoints=Checkpoints(run_dir / "checkpoints", keep=values["checkpoint"]["keep"]),
+            health=Health(**values["health"], heldout=parts.scorer.heldout),
             engine=engine,
             stop=parts.stop,
             run_dir=run_dir,

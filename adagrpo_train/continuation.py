@@ -23,6 +23,7 @@ FREE_ON_RESUME = (
     "tracker",
     "evaluation.every",
     "checkpoint",
+    "health",
     "name",
     "engine",
     "scoring.accept_changed_rewards",
@@ -199,7 +200,7 @@ def _refuse_used(run_dir: Path) -> None:
 
 def _copy_records(source: Path, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "prompts.jsonl", "evaluations", "images"):
+    for name in ("metrics.jsonl", "prompts.jsonl", "alerts.jsonl", "evaluations", "images"):
         if (source / name).is_dir():
             shutil.copytree(source / name, run_dir / name, dirs_exist_ok=True)
         elif (source / name).is_file():

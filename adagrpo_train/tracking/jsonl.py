@@ -1,4 +1,4 @@
-"""The local record of a run: metrics and prompts as JSON lines, image grids as PNG. Needs no account."""
+"""The local record of a run: metrics, prompts and warnings as JSON lines, image grids as PNG. Needs no account."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ _LABELLED_PIXELS = 256  # captions under wider images would be long lines of tin
 
 
 class JsonlTracker:
-    """Writes metrics.jsonl, prompts.jsonl, images/, config.yaml and environment.json into the run folder.
+    """Writes metrics.jsonl, prompts.jsonl, alerts.jsonl, images/, config.yaml and environment.json into the run folder.
 
     A resumed run drops what was recorded after its checkpoint, a half-written last line included, so that its
     files are those of an uninterrupted run.
@@ -30,7 +30,7 @@ class JsonlTracker:
     def start(self, run: RunInfo) -> None:
         self._dir = run.run_dir
         (self._dir / "images").mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "prompts.jsonl"):
+        for name in ("metrics.jsonl", "prompts.jsonl", "alerts.jsonl"):
             keep_until(self._dir / name, run.first_iteration)
         for path in (*self._dir.glob("images/*_*.png"), *self._dir.glob("evaluations/*.jsonl")):
             numbered = re.fullmatch(r"(?:.*_)?(\d{6,})", path.stem)
@@ -41,6 +41,9 @@ class JsonlTracker:
 
     def log(self, metrics: dict[str, float], iteration: int) -> None:
         self._append("metrics.jsonl", [{"iteration": iteration} | metrics])
+
+    def alert(self, title: str, text: str, iteration: int) -> None:
+        self._append("alerts.jsonl", [{"iteration": iteration, "title": title, "text": text}])
 
     def log_images(self, name: str, images: np.ndarray, captions: list[str], iteration: int) -> None:
         path = self._dir / "images" / f"{name}_{iteration:06d}.png"
