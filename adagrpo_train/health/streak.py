@@ -1,5 +1,6 @@
 """The pattern of an alarm: one score falls while another rises, evaluation after evaluation. Pure."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -52,7 +53,7 @@ def follow(
         compare: of trained rewards then and now.
         tolerance: in standard errors, >= 0.
     """
-    if streak is None:
+    if streak is None or sum(map(math.isfinite, streak.best)) < 2:
         return Streak(iteration, scores, trained, scores)
     if not streak.trained:  # before the first iteration nothing was trained on: what came first stands for it
         streak = replace(streak, trained=trained)

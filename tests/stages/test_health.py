@@ -112,6 +112,8 @@ def test_a_second_episode_warns_again() -> None:
     verdicts = judged(make_health(), [*fall, 1, 0, -1, -2, -3], list(range(10)))
     assert alarmed(verdicts) == [3, 8]
     assert verdicts[5].metrics["health/hacking"] == 0
+    back_halfway = judged(make_health(), [0, -1, -2, -3, -0.5, -1.5, -2, -3], list(range(8)))
+    assert alarmed(back_halfway) == [3, 7]
 
 
 def test_missing_scores_neither_count_nor_end_a_streak() -> None:
@@ -198,9 +200,10 @@ def test_the_best_evaluation_has_the_largest_sum_of_z_scores_after_training_bega
 def test_a_first_evaluation_without_scores_is_not_compared_with() -> None:
     health = make_health()
     assert not health.evaluated(1, {"total": scores(0), "clip": [math.nan] * IMAGES}).improved
-    found = [health.evaluated(i, {"total": scores(0), "clip": scores(i)}) for i in (2, 3)]
-    assert [verdict.improved for verdict in found] == [True, True]
+    found = [health.evaluated(i, {"total": scores(i), "clip": scores(-i)}) for i in range(2, 6)]
+    assert [verdict.improved for verdict in found] == [True, False, False, False]
     assert found[0].metrics["health/heldout_gain"] == 0
+    assert alarmed(found) == [3]
 
 
 def test_without_a_heldout_reward_the_best_is_that_of_the_trained_one() -> None:
