@@ -18,6 +18,7 @@ from adagrpo_train.continuation import check_same_rewards, checkpoint_of, inputs
 from adagrpo_train.errors import AdaGRPOError, ConfigError
 from adagrpo_train.evaluator import Evaluator
 from adagrpo_train.functional.schedules import warmup_constant_anneal
+from adagrpo_train.health.monitor import Health
 from adagrpo_train.interfaces import Advantage, Curriculum, Objective, PromptSource, Tracker
 from adagrpo_train.prompts.source import PromptFile, read_prompts
 from adagrpo_train.recording.recorder import Recorder
@@ -185,6 +186,8 @@ def assemble(settings: Settings, engine: Engine, run_dir: Path) -> Assembly:
         AdaGRPOError: names the first mistake; what had been started for the run has ended.
     """
     values = settings.values
+    if values["health"]["stop"] and not values["evaluation"]["every"]:
+        raise ConfigError("health.stop=true: an alarm needs evaluations during training; set evaluation.every > 0")
     prompts = PromptFile(path=values["prompts"]["path"], seed=values["seed"])
     curriculum = make(values["curriculum"], "curriculum")
     if curriculum.candidates > len(prompts):
@@ -217,6 +220,7 @@ def assemble(settings: Settings, engine: Engine, run_dir: Path) -> Assembly:
             recorder=_recorder(values, engine, run_dir, parts.scorer, inputs),
             evaluator=parts.evaluator,
             checkpoints=Checkpoints(run_dir / "checkpoints", keep=values["checkpoint"]["keep"]),
+            health=Health(**values["health"], heldout=parts.scorer.heldout),
             engine=engine,
             stop=parts.stop,
             run_dir=run_dir,

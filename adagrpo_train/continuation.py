@@ -24,6 +24,7 @@ FREE_ON_RESUME = (
     "evaluation.every",
     "checkpoint",
     "record",
+    "health",
     "name",
     "engine",
     "scoring.accept_changed_rewards",
@@ -209,7 +210,7 @@ def _copy_records(source: Path, run_dir: Path) -> None:
     if run_dir.resolve() == source:
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "prompts.jsonl", "advantages.jsonl", "evaluations", "images"):
+    for name in ("metrics.jsonl", "prompts.jsonl", "advantages.jsonl", "alerts.jsonl", "evaluations", "images"):
         if (source / name).is_dir():
             shutil.copytree(source / name, run_dir / name, dirs_exist_ok=True)
         elif (source / name).is_file():

@@ -8,7 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from adagrpo_train.errors import ConfigError, RewardError, StoppedError
-from adagrpo_train.evaluator import Evaluator
+from adagrpo_train.evaluator import Evaluator, read_scores
+from adagrpo_train.health.best import Best
+from adagrpo_train.health.diversity import Diversity
+from adagrpo_train.health.figures import level_gap
+from adagrpo_train.health.monitor import Health, Verdict
 from adagrpo_train.interfaces import Advantage, Curriculum, PromptSource, Tracker
 from adagrpo_train.recording.recorder import Recorder
 from adagrpo_train.rollout.sampler import FlowSampler
@@ -107,6 +111,7 @@ class Trainer:
         recorder: Recorder,
         evaluator: Evaluator,
         checkpoints: Checkpoints,
+        health: Health,
         engine: Engine,
         stop: StopRequest,
         schedule: Schedule,
@@ -122,6 +127,7 @@ class Trainer:
         self._first, self._skipped = 0, 0
         self._timer = StageTimer()
         self._tracker: Tracker | None = None
+        self._health = health
         update.check_batches(batches_of_each(curriculum, sampler, engine.world_size))
 
     def train(self, tracker: Tracker | None) -> str:
@@ -131,10 +137,12 @@ class Trainer:
             tracker: writes what happens; None on every rank but the main one.
 
         Returns:
-            "completed" or "interrupted".
+            "completed", "interrupted", or "stopped" by an alarm.
         """
         self._tracker = tracker
         self._recorder.start(self._first)
+        if tracker and self._health.blind:
+            _log.info("%s", self._health.blind)
         with self._stop.listening():
             try:
                 return self._loop()
@@ -142,27 +150,47 @@ class Trainer:
                 _log.info("%s", stopped)
                 return "interrupted"
 
+    @property
+    def best(self) -> Best | None:
+        """The best evaluation after training began; `checkpoints/best` names its checkpoint."""
+        return self._health.best
+
     def _loop(self) -> str:
-        if self._first == 0 or (self._evaluation_due(self._first) and not self._evaluated(self._first)):
-            self._evaluate_or_save(self._first)
-            if self._asked():
-                return "interrupted"
+        if outcome := self._begin():
+            return outcome
         for iteration in range(self._first, self._schedule.iterations):
             metrics = self._train_or_save(iteration)
+            self._health.trained(metrics)
             done = iteration + 1
             if self._tracker:
                 self._tracker.log(metrics, done)
-            last = done == self._schedule.iterations
+            last, verdict = done == self._schedule.iterations, Verdict()
             stopping = self._asked() and not last
             # Whoever asks to stop does not wait for an evaluation: the resumed run makes it.
             if self._evaluation_due(done) and not stopping:
-                self._evaluate_or_save(done)
-                stopping = self._asked() and not last
-            if stopping or last or _due(done, self._schedule.save_every):
+                verdict = self._evaluate_or_save(done)
+                stopping = (self._asked() or verdict.stop) and not last
+            if stopping or last or verdict.improved or _due(done, self._schedule.save_every):
                 self._save(done)
             if stopping:
-                return "interrupted"
+                return "stopped" if verdict.stop else "interrupted"
         return "completed"
+
+    def _begin(self) -> str:
+        """Make the evaluation that is due before the next iteration; how the run ends, if it does so here."""
+        first = self._first
+        if first > 0:
+            self._settle_best()
+        recorded = first > 0 and self._evaluated(first)
+        if not self._evaluation_due(first) or (recorded and self._health.last == first):
+            return ""
+        # A kill between the record of an evaluation and the next checkpoint leaves scores that the checkpoint lacks.
+        verdict = self._judge_recorded(first) if recorded else self._evaluate_or_save(first)
+        if verdict.improved or verdict.stop:
+            self._save(first)
+        if verdict.stop and first < self._schedule.iterations:
+            return "stopped"
+        return "interrupted" if self._asked() else ""
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a checkpoint as if the run had never stopped."""
@@ -171,7 +199,15 @@ class Trainer:
         # With more processes than there were: their states differ only under per_rank, which then is refused.
         per_rank = snapshot.per_rank[min(self._engine.rank, len(snapshot.per_rank) - 1)]
         self._restore_drawn_state(snapshot.state | per_rank)
+        if "health" in snapshot.state:
+            self._health.load_state_dict(snapshot.state["health"])
+        else:
+            _log.warning("the checkpoint is older than the record of health: held-out scores are compared from here on")
         self._first = snapshot.iteration
+        if self._health.stopped and self._first < self._schedule.iterations:
+            raise ConfigError(
+                f"health.stop=true: {self._health.stopped}, and the alarm is not over; set health.stop=false to go on"
+            )
 
     def _train_or_save(self, iteration: int) -> dict[str, float]:
         """One iteration; if its rewards fail for good, or a stop ends the waiting, the state before it is saved."""
@@ -184,10 +220,10 @@ class Trainer:
                 self._save(iteration)
             raise
 
-    def _evaluate_or_save(self, iteration: int) -> None:
+    def _evaluate_or_save(self, iteration: int) -> Verdict:
         """Evaluate; without its rewards, what is trained so far is saved, and the resumed run evaluates it."""
         try:
-            self._evaluate(iteration)
+            return self._evaluate(iteration)
         except (RewardError, StoppedError) as error:
             if error.on_every_rank and iteration > self._first:
                 self._save(iteration)
@@ -220,8 +256,8 @@ class Trainer:
         prompts, trunks = choice.prompts, choice.trunks
         with self._timer.stage("rollout"):
             conditions = self._policy.encode(list(prompts.texts))
-            collector = self._scorer.collect()
-            rollout = self._roll_out(prompts, conditions, trunks, collector, iteration)
+            collector, diversity = self._scorer.collect(), Diversity()
+            rollout = self._roll_out(prompts, conditions, trunks, collector, diversity, iteration)
         with self._timer.stage("reward"):
             scores = collector.scores()
         if too_many := self._scorer.excess(scores):
@@ -233,6 +269,7 @@ class Trainer:
             watch = self._recorder.visited
             metrics |= self._update.make(rollout.transitions, conditions, advantages, usable, iteration, watch)
         self._skipped = 0
+        metrics |= level_gap(metrics) | {"rollout/diversity": float(self._engine.gather(diversity.by_group()).mean())}
         return metrics | self._log_choice(candidates, choice, iteration)
 
     def _choose(self, candidates: Prompts, iteration: int) -> "_Choice | str":
@@ -276,12 +313,20 @@ class Trainer:
         return "" if enough else f"only {sum(present)} candidates have a score, for {chosen} prompts; {scores.reason}"
 
     def _roll_out(
-        self, prompts: Prompts, conditions: Conditions, trunks: Trunks | None, collector: Collector, iteration: int
+        self,
+        prompts: Prompts,
+        conditions: Conditions,
+        trunks: Trunks | None,
+        collector: Collector,
+        diversity: Diversity,
+        iteration: int,
     ) -> Rollout:
         """Draw the samples and hand them to the rewards, which score them while the next ones are drawn."""
 
         def finished(x0: Tensor, prompt: Tensor, group: Tensor) -> None:
-            collector.add(self._decode(x0), [prompts.texts[row] for row in prompt.tolist()], group.tolist())
+            images = self._decode(x0)
+            collector.add(images, [prompts.texts[row] for row in prompt.tolist()], group.tolist())
+            diversity.add(images, group.tolist())
 
         return self._sampler.roll_out(self._policy.velocity, conditions, prompts, trunks, iteration, finished)
 
@@ -373,14 +418,43 @@ class Trainer:
     def _scores_file(self, iteration: int) -> Path:
         return self._run_dir / "evaluations" / f"{iteration:06d}.jsonl"
 
-    def _evaluate(self, iteration: int) -> None:
+    def _evaluate(self, iteration: int) -> Verdict:
         evaluation = self._evaluator.evaluate(self._policy)
         traffic = self._scorer.drain(evaluation=True)
+        verdict = self._judge(iteration, {name: values.tolist() for name, values in evaluation.scores.items()})
         if self._tracker:
-            self._tracker.log(evaluation.metrics() | traffic, iteration)
+            self._tracker.log(evaluation.metrics() | verdict.metrics | traffic, iteration)
             captions = list(evaluation.prompts.texts[: len(evaluation.grid)])
             self._tracker.log_images("heldout", evaluation.grid, captions, iteration)
             evaluation.save(self._scores_file(iteration))  # last: where it lies, the evaluation was recorded
+        self._warn(verdict, iteration)
+        return verdict
+
+    def _judge(self, iteration: int, scores: dict[str, list[float]]) -> Verdict:
+        """What an evaluation means for the run, as the main rank sees it."""
+        return self._engine.broadcast(self._health.evaluated(iteration, scores))
+
+    def _judge_recorded(self, iteration: int) -> Verdict:
+        """The same from the record of an evaluation."""
+        scores = read_scores(self._scores_file(iteration)) if self._engine.is_main else {}
+        verdict = self._judge(iteration, self._engine.broadcast(scores))
+        self._warn(verdict, iteration)
+        return verdict
+
+    def _warn(self, verdict: Verdict, iteration: int) -> None:
+        for alert in verdict.alerts:
+            if self._tracker:
+                self._tracker.alert(alert.title, alert.text, iteration)
+
+    def _settle_best(self) -> None:
+        """After a resume: the best checkpoint is the one that this checkpoint knows of, or none if that is gone."""
+        best = self._health.best
+        gone = best is not None and self._engine.is_main and not self._checkpoints.holds(best.iteration)
+        if self._engine.broadcast(gone) and best is not None:
+            _log.warning("the best checkpoint so far, of iteration %d, is not here: counted anew", best.iteration)
+            self._health.forget_best()
+        if self._engine.is_main:
+            self._checkpoints.mark_best(self._health.best and self._health.best.iteration)
 
     def _drawn_state(self) -> dict[str, Any]:
         """What an iteration changes before its update: copies, small."""
@@ -418,11 +492,12 @@ class Trainer:
                     "inputs": self._inputs,
                     "rewards": self._scorer.fingerprints,
                     "tracker": tracker,
+                    "health": self._health.state_dict(),
                 },
                 per_rank=per_rank,
                 config=self._config,
             )
-            path = self._checkpoints.save(snapshot)
+            path = self._checkpoints.save(snapshot, best=self._health.best and self._health.best.iteration)
             _log.info("saved %s", path)
         self._engine.wait()
 

@@ -105,11 +105,15 @@ class Memory:
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self.prompts: list[list[SelectedPrompt]] = []
+        self.alerts: list[tuple[str, str, int]] = []
 
     def start(self, run: Any) -> None: ...
 
     def log(self, metrics: dict[str, float], iteration: int) -> None:
         self.rows.append({"iteration": iteration, **metrics})
+
+    def alert(self, title: str, text: str, iteration: int) -> None:
+        self.alerts.append((title, text, iteration))
 
     def log_images(self, name: str, images: np.ndarray, captions: list[str], iteration: int) -> None: ...
 

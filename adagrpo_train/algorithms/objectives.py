@@ -64,6 +64,7 @@ class ClippedRatio:
         ratio = log_ratio.detach().exp()
         metrics = {
             "policy/ratio_mean": ratio.mean(),
+            "policy/ratio_deviation": (ratio - 1).abs().mean(),
             "policy/ratio_max_deviation_max": (ratio - 1).abs().max(),
             "policy/clip_fraction": losses.clip_fraction(log_ratio.detach(), self.clip_range),
             "policy/approx_kl": losses.approx_kl(log_ratio.detach()),

@@ -10,6 +10,7 @@ from adagrpo_train.cli.command import run_command
 from adagrpo_train.settings import Settings, group_options
 
 if TYPE_CHECKING:
+    from adagrpo_train.health.best import Best
     from adagrpo_train.runtime.engine import Engine
 
 _HELP = """\
@@ -64,7 +65,7 @@ def _train(settings: Settings, engine: "Engine") -> None:
                 if engine.is_main:
                     with whole_folder(run_dir / "export") as draft:
                         parts.policy.export(draft, weights)
-                    _summarise(run_dir)
+                    _summarise(run_dir, trainer.best, settings.values["iterations"])
         status = outcome
     finally:
         parts.rewards.close()
@@ -75,8 +76,11 @@ def _train(settings: Settings, engine: "Engine") -> None:
                 sys.stdout.write(f"report: {write_report(run_dir)}\n")
 
 
-def _summarise(run_dir: Path) -> None:
-    """Write and print the held-out scores before and after, and the paired gain with its standard error."""
+def _summarise(run_dir: Path, best: "Best | None", last: int) -> None:
+    """Write and print the held-out scores before and after, the paired gain with its standard error, and the best.
+
+    The export holds the last weights, whichever were the best.
+    """
     from adagrpo_train.evaluator import paired_gain, read_scores
     from adagrpo_train.runtime.files import write_whole
 
@@ -90,4 +94,15 @@ def _summarise(run_dir: Path) -> None:
             f"held-out {name:<7} {change.before:.3f} -> {change.after:.3f}   gain {change.gain:+.3f} +- "
             f"{change.standard_error:.3f} (paired over {summary['images']} fixed images)\n"
         )
+    if best:
+        summary["best"] = best._asdict()
+        sys.stdout.write(_best_in_words(best, last))
     write_whole(run_dir / "summary.json", json.dumps(summary, indent=1))
+
+
+def _best_in_words(best: "Best", last: int) -> str:
+    where = "the exported ones" if best.iteration == last else f"in checkpoints/best; exported are those of {last}"
+    return (
+        f"best held-out weights: of iteration {best.iteration}, {where}; {best.gain:+.3f} standard deviations against "
+        "the model before training\n"
+    )

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adagrpo_train.errors import CheckpointError, ConfigError
-from adagrpo_train.runtime.files import sha256, whole_folder
+from adagrpo_train.runtime.files import sha256, whole_folder, write_whole
 
 _FORMAT = 2
 _MANIFEST = "manifest.json"
+_BEST = "best"
 _log = logging.getLogger(__name__)
 
 
@@ -43,10 +44,11 @@ class Snapshot:
 
 
 class Checkpoints:
-    """Checkpoints of one run: `<folder>/iteration_000040`, the newest `keep` of them.
+    """Checkpoints of one run: `<folder>/iteration_000040`, the newest `keep` of them and the best one.
 
     A checkpoint is written beside its place, flushed to disk, and renamed; its manifest holds the size and
-    SHA-256 of each file, so one that was cut short or altered is recognised.
+    SHA-256 of each file, so one that was cut short or altered is recognised. The file `<folder>/best` holds the name
+    of the best one: unlike a link it is the same after any copy, and copies nothing.
     """
 
     def __init__(self, folder: Path, *, keep: int) -> None:
@@ -54,9 +56,13 @@ class Checkpoints:
             raise ConfigError(f"checkpoint.keep={keep}: must be >= 1")
         self._folder, self._keep = folder, keep
 
-    def save(self, snapshot: Snapshot) -> Path:
-        """Write a checkpoint and drop the oldest ones beyond `keep`."""
-        target = self._folder / f"iteration_{snapshot.iteration:06d}"
+    def save(self, snapshot: Snapshot, *, best: int | None = None) -> Path:
+        """Write a checkpoint and drop the oldest ones beyond `keep`.
+
+        Args:
+            best: iteration of the best checkpoint, this or an older one, which is not dropped; None if there is none.
+        """
+        target = self._path(snapshot.iteration)
         with whole_folder(target) as draft:
             for name, tensors in snapshot.tensors.items():
                 if tensors:
@@ -68,22 +74,41 @@ class Checkpoints:
             (draft / "config.json").write_text(json.dumps(snapshot.config), encoding="utf-8")
             files = {path.name: _identity(path) for path in sorted(draft.iterdir())}
             (draft / _MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1), encoding="utf-8")
+        # Named before any is dropped: after a kill the name is that of a checkpoint which is there.
+        self.mark_best(best)
         older = [path for path in sorted(self._folder.glob("iteration_*")) if path.name < target.name]
         for path in older[: max(0, len(older) + 1 - self._keep)]:
-            shutil.rmtree(path)
+            if best is None or path != self._path(best):
+                shutil.rmtree(path)
         return target
+
+    def holds(self, iteration: int) -> bool:
+        """Whether the checkpoint of an iteration is there and intact."""
+        return not fault_of(self._path(iteration))
+
+    def mark_best(self, iteration: int | None) -> None:
+        """Name the best checkpoint, or none."""
+        if iteration is None:
+            (self._folder / _BEST).unlink(missing_ok=True)
+        else:
+            write_whole(self._folder / _BEST, f"{self._path(iteration).name}\n")
+
+    def _path(self, iteration: int) -> Path:
+        return self._folder / f"iteration_{iteration:06d}"
 
 
 def find(path: Path) -> Path:
-    """The newest intact checkpoint of a run folder, a checkpoints folder or a checkpoint.
+    """The newest intact checkpoint of a run folder or a checkpoints folder, a checkpoint, or the one that `best` names.
 
-    A damaged one is passed over with a warning that names it.
+    In a folder a damaged one is passed over with a warning that names it.
 
     Raises:
         CheckpointError: nothing is there, or nothing intact.
     """
     if not path.exists():
         raise CheckpointError(f"resume={path}: no such folder; give a run folder or one of its checkpoints")
+    if path.is_file() and path.name == _BEST:
+        path = path.with_name(path.read_text(encoding="utf-8").strip())
     if (path / _MANIFEST).is_file() or path.name.startswith("iteration_"):
         fault = fault_of(path)
         if fault:

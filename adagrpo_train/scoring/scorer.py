@@ -82,6 +82,12 @@ class Scorer:
         """Part -> weight, of the parts that the total is made of."""
         return dict(self._required)
 
+    @property
+    def heldout(self) -> tuple[str, ...]:
+        """Parts of the rewards that never train."""
+        sources = (source for source in self._sources if not source.entry.trains)
+        return tuple(self._names[source.entry.name, m] for source in sources for m in source.client.info.metrics)
+
     def collect(self, *, evaluation: bool = False) -> Collector:
         """A collector of images to be scored; `evaluation` asks the rewards that never train as well."""
         return Collector(

@@ -29,6 +29,11 @@ class CompositeTracker:
             with _Named(tracker):
                 tracker.log(metrics, iteration)
 
+    def alert(self, title: str, text: str, iteration: int) -> None:
+        for tracker in self._trackers:
+            with _Named(tracker):
+                tracker.alert(title, text, iteration)
+
     def log_images(self, name: str, images: np.ndarray, captions: list[str], iteration: int) -> None:
         for tracker in self._trackers:
             with _Named(tracker):

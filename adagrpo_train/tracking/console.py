@@ -68,6 +68,10 @@ class ConsoleTracker:
         if not self._console.is_terminal and due:
             self._console.print(f"{iteration:>5}/{self._total}  {text}{self._time_left()}", markup=False)
 
+    def alert(self, title: str, text: str, iteration: int) -> None:
+        self._console.print(Text(f"WARNING at {iteration}: {title}", style="bold red"))
+        self._console.print(f"  {text}", markup=False)
+
     def log_images(self, name: str, images: np.ndarray, captions: list[str], iteration: int) -> None:
         """Pictures are for the other trackers."""
 

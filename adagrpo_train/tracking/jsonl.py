@@ -1,4 +1,4 @@
-"""The local record of a run: metrics and prompts as JSON lines, image grids as PNG. Needs no account."""
+"""The local record of a run: metrics, prompts and warnings as JSON lines, image grids as PNG. Needs no account."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ _MAPS, _MAP_SAMPLES = 8, 384
 
 
 class JsonlTracker:
-    """Writes metrics.jsonl, prompts.jsonl, advantages.jsonl, images/ and what the run is into the run folder.
+    """Writes metrics, prompts, advantages and alerts (.jsonl), images/ and what the run is into the run folder.
 
     The last is config.yaml, choices.json (config group -> chosen option) and environment.json.
 
@@ -30,7 +30,7 @@ class JsonlTracker:
     def start(self, run: RunInfo) -> None:
         self._dir = run.run_dir
         (self._dir / "images").mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "prompts.jsonl", "advantages.jsonl"):
+        for name in ("metrics.jsonl", "prompts.jsonl", "advantages.jsonl", "alerts.jsonl"):
             keep_until(self._dir / name, run.first_iteration)
         for path in (*self._dir.glob("images/*_*.png"), *self._dir.glob("evaluations/*.jsonl")):
             numbered = re.fullmatch(r"(?:.*_)?(\d{6,})", path.stem)
@@ -43,6 +43,9 @@ class JsonlTracker:
 
     def log(self, metrics: dict[str, float], iteration: int) -> None:
         self._append("metrics.jsonl", [{"iteration": iteration} | metrics])
+
+    def alert(self, title: str, text: str, iteration: int) -> None:
+        self._append("alerts.jsonl", [{"iteration": iteration, "title": title, "text": text}])
 
     def log_images(self, name: str, images: np.ndarray, captions: list[str], iteration: int) -> None:
         path = self._dir / "images" / f"{name}_{iteration:06d}.png"

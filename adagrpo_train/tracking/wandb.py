@@ -22,7 +22,7 @@ _REACH_SECONDS = 5.0
 
 
 class WandbTracker:
-    """Logs metrics, image grids and the selected prompts.
+    """Logs metrics, image grids, the selected prompts and warnings, which W&B sends to whoever asked for alerts.
 
     Args:
         project, entity: where the run belongs; entity null is the default of the login.
@@ -63,6 +63,9 @@ class WandbTracker:
 
     def log(self, metrics: dict[str, float], iteration: int) -> None:
         self._write({name: value for name, value in metrics.items() if math.isfinite(value)}, iteration)
+
+    def alert(self, title: str, text: str, iteration: int) -> None:
+        self._run.alert(title=title, text=f"at iteration {iteration}: {text}", level="WARN")
 
     def log_images(self, name: str, images: np.ndarray, captions: list[str], iteration: int) -> None:
         import wandb

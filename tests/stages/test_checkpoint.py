@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,47 @@ def test_what_was_just_written_is_never_the_one_to_go(tmp_path: Path) -> None:
     assert sorted(p.name for p in save(tmp_path, 90, keep=4).iterdir()) == [
         f"iteration_{n:06d}" for n in (40, 80, 90, 100)
     ]
+
+
+def test_the_best_one_is_kept_whatever_its_age_and_found_by_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=2)
+    for iteration, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
+        checkpoints.save(snapshot(iteration), best=best)
+    assert sorted(p.name for p in folder.iterdir()) == ["best", *(f"iteration_{n:06d}" for n in (2, 4, 5))]
+    best, newest = checkpoint.find(folder / "best"), checkpoint.find(tmp_path)
+    assert (best.name, newest.name) == ("iteration_000002", "iteration_000005")
+    assert [path.name for path in checkpoint.later_than(best)] == ["iteration_000004", "iteration_000005"]
+    copied = shutil.copytree(folder, tmp_path / "elsewhere" / "checkpoints")
+    assert checkpoint.find(copied / "best") == copied / "iteration_000002"
+    checkpoints.save(snapshot(6), best=6)  # what was the best is now one of many
+    assert sorted(p.name for p in folder.iterdir()) == ["best", "iteration_000005", "iteration_000006"]
+    assert checkpoints.holds(6) and not checkpoints.holds(2)
+
+
+def test_a_kill_while_older_ones_are_dropped_leaves_a_best_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, remove = tmp_path / "checkpoints", shutil.rmtree
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(snapshot(1), best=1)
+
+    def removed_and_killed(path: Path, ignore_errors: bool = False) -> None:
+        remove(path, ignore_errors=ignore_errors)
+        if path.name == "iteration_000001":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", removed_and_killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(snapshot(2), best=2)
+    assert checkpoint.find(folder / "best").name == "iteration_000002"
+
+
+def test_a_best_checkpoint_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    best = save(tmp_path, 1) / "best"
+    best.write_text("iteration_000009\n")
+    with pytest.raises(CheckpointError, match=r"iteration_000009: manifest\.json is missing"):
+        checkpoint.find(best)
 
 
 @pytest.mark.parametrize("damage", ["cut", "absent", "manifest", "flipped"])

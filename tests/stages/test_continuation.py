@@ -44,6 +44,7 @@ def continued(present: list[str]) -> None:
         ["reward.jpeg_size.on_unavailable=wait", "reward.jpeg_size.wait_seconds=9", "reward.jpeg_size.hedge_seconds=1"],
         ["reward.jpeg_size.settings={quality: 90}"],  # another quality has another fingerprint
         ["scoring.accept_changed_rewards=true", "scoring.max_skipped=99"],
+        ["health.patience=9", "health.tolerance=0.5", "health.stop=true"],
     ],
 )
 def test_rewards_may_be_asked_elsewhere_and_otherwise(moved: list[str]) -> None:

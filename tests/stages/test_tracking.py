@@ -83,6 +83,15 @@ def test_a_resumed_record_drops_later_images_and_evaluations(tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "evaluations").iterdir()] == ["000000.jsonl"]
 
 
+def test_warnings_are_recorded_up_to_the_checkpoint(tmp_path: Path) -> None:
+    tracker = recorded(tmp_path)
+    for iteration in (3, 5):
+        tracker.alert("reward hacking", "held-out [clip] falls", iteration)
+    JsonlTracker().start(run_info(tmp_path, first=3))
+    expected = {"iteration": 3, "title": "reward hacking", "text": "held-out [clip] falls"}
+    assert lines(tmp_path / "alerts.jsonl") == [expected]
+
+
 def test_a_new_run_in_an_old_folder_starts_empty(tmp_path: Path) -> None:
     recorded(tmp_path)
     JsonlTracker().start(run_info(tmp_path))
@@ -128,8 +137,10 @@ def test_the_console_shows_progress_where_there_is_no_terminal() -> None:
     tracker.log({"eval/strict": 0.25}, 0)
     tracker.log(METRICS, 1)
     tracker.log({"eval/strict": 0.5}, 5)
+    tracker.alert("reward hacking", "held-out [clip] falls", 5)
     tracker.finish("completed")
     text = output.getvalue()
+    assert "WARNING at 5: reward hacking\n  held-out [clip] falls\n" in text
     assert "reward 0.500  level 0.400  ratio 1.0000" in text
     assert "strict 0.500 (+0.250)" in text
     assert "run completed" in text
@@ -181,12 +192,15 @@ def test_without_a_login_a_real_offline_run_is_written_and_continued_under_its_i
     tracker.log(METRICS | {"reward/std": float("nan")}, 1)
     tracker.log_images("heldout", IMAGES, CAPTIONS, 1)
     tracker.log_prompts([prompt()], 1)
+    tracker.alert("reward hacking", "held-out clip falls", 1)
     state = tracker.state_dict()
     tracker.finish("completed")
     logged = finished_history(tmp_path)
     keys = {key for row in logged for key in row}
     assert {"reward/mean", "iteration", "images/heldout", "curriculum/selected_prompts"} <= keys
     assert [json.loads(row["reward/mean"]) for row in logged if "reward/mean" in row] == [0.5]
+    (alert,) = [record.alert for record in records(log_of(tmp_path)) if record.HasField("alert")]
+    assert (alert.title, alert.text, alert.level) == ("reward hacking", "at iteration 1: held-out clip falls", "WARN")
 
     resumed_dir = tmp_path / "resumed"
     resumed_dir.mkdir()
@@ -203,7 +217,7 @@ def test_without_a_login_a_real_offline_run_is_written_and_continued_under_its_i
 
 def finished_history(run_dir: Path) -> list[dict[str, str]]:
     """Rows of the only offline run in a folder. W&B closes the log a moment after finish() returns."""
-    (path,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    path = log_of(run_dir)
     give_up = time.monotonic() + 30
     while not any(record.HasField("exit") for record in records(path)):
         assert time.monotonic() < give_up, "the log has no end"
@@ -213,6 +227,11 @@ def finished_history(run_dir: Path) -> list[dict[str, str]]:
         for record in records(path)
         if record.HasField("history")
     ]
+
+
+def log_of(run_dir: Path) -> Path:
+    (path,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    return path
 
 
 def records(path: Path) -> Iterator[Any]:

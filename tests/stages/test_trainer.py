@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from adagrpo_train.algorithms.advantages import CrossLevel
 from adagrpo_train.errors import ConfigError, RewardError, TrainingError
+from adagrpo_train.health.monitor import Verdict
 from adagrpo_train.runtime import checkpoint
 from adagrpo_train.types import Level
 from rewards.shapes.reward import ShapesReward
@@ -371,7 +372,12 @@ def test_the_learning_rate_rises_and_falls_as_set(tmp_path: Path) -> None:
 def test_whoever_asks_to_stop_does_not_wait_for_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _, _ = make_trainer("iterations=3", "evaluation.every=1", run_dir=tmp_path)
     evaluated: list[int] = []
-    monkeypatch.setattr(trainer, "_evaluate", evaluated.append)
+
+    def evaluate(iteration: int) -> Verdict:
+        evaluated.append(iteration)
+        return Verdict()
+
+    monkeypatch.setattr(trainer, "_evaluate", evaluate)
     memory = Memory()
     log = memory.log
 
@@ -385,6 +391,6 @@ def test_whoever_asks_to_stop_does_not_wait_for_an_evaluation(tmp_path: Path, mo
     assert evaluated == [0, 1]
     resumed, _, _ = make_trainer("iterations=3", "evaluation.every=1", run_dir=tmp_path)
     resumed.restore(checkpoint.load(checkpoint.find(tmp_path)))
-    monkeypatch.setattr(resumed, "_evaluate", evaluated.append)
+    monkeypatch.setattr(resumed, "_evaluate", evaluate)
     assert resumed.train(Memory()) == "completed"
     assert evaluated == [0, 1, 2, 3]
