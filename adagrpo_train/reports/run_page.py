@@ -11,6 +11,7 @@ from adagrpo_train.reports.curriculum import curriculum_values
 from adagrpo_train.reports.gallery import gallery
 from adagrpo_train.reports.health import health_values
 from adagrpo_train.reports.page import duration, render
+from adagrpo_train.reports.page_table import Table
 from adagrpo_train.reports.reference import Verdict, judge
 from adagrpo_train.reports.rows import Records, Row, points, read_records
 from adagrpo_train.reports.scores import (
@@ -21,7 +22,6 @@ from adagrpo_train.reports.scores import (
     part_charts,
     reward_chart,
 )
-from adagrpo_train.reports.tables import Table
 from adagrpo_train.runtime.files import write_whole
 
 _TONES = {"passed": "good", "failed": "bad", "unfinished": "warn", "incomparable": "warn", "no reference": "none"}

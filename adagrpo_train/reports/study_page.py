@@ -25,7 +25,7 @@ from adagrpo_train.reports.charts.lines import Line, line_chart
 from adagrpo_train.reports.charts.standalone import standalone_svg
 from adagrpo_train.reports.charts.svg import HALF, NARROW, WIDE, Chart
 from adagrpo_train.reports.page import duration, render, short_commit
-from adagrpo_train.reports.tables import Table
+from adagrpo_train.reports.page_table import Table
 from adagrpo_train.runtime.files import write_whole
 
 _KEYS = ("study", "question", "provenance", "findings", "panels", "bars", "tables", "settings")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from adagrpo_train.cli.report import main
+from adagrpo_train.reports.page_table import Table
 from adagrpo_train.reports.study_page import panel_chart, write_study_page
-from adagrpo_train.reports.tables import Table
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror='x'>"
 RESULTS: dict[str, Any] = {
