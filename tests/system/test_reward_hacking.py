@@ -31,7 +31,7 @@ def test_reward_hacking_stops_a_run_that_can_be_killed_and_continued_bit_for_bit
     }  # fmt: skip
 
     # Two of the three evaluations have counted when it is killed.
-    struck = Strike("_update", 3, end_oneself)
+    struck = Strike("_advantages", 3, end_oneself)
     killed = begin(*SETTINGS, "health.stop=true", f"hydra.run.dir={stopped}", strike=struck)
     assert killed.wait() == [-signal.SIGKILL], killed.said()
     state = checkpoint.load(checkpoint.find(stopped)).state["health"]
