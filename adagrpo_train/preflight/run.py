@@ -116,7 +116,7 @@ class Preflight:
         if self._snapshot is not None:
             findings.check("state", lambda: self._restore(run), needs=["checkpoint", "reward identity"])
         prompts = checks.draw_prompts()
-        written = sizes.written(settings.values, parts.model, parts.policy.parameters)
+        written = sizes.written(settings.values, parts.model, parts.policy.trained_sizes)
         findings.check("disk", lambda: self._disk(written))
         fits = partial(_in_memory, settings)
         findings.check("memory", fits(lambda: self._prepare(run, prompts)))
