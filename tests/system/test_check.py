@@ -142,6 +142,12 @@ FAULTS = {
         "reward identity",
         _another_make,
     ),
+    "a tracker in no known mode": Planted(
+        ["tracker=wandb", "tracker.wandb.mode=onlin"], "tracker.wandb.mode=onlin: choose auto, online", "tracker"
+    ),
+    "a metric that the reward lacks": Planted(
+        ["reward.shapes.weights={smoth: 1.0}"], "reward.shapes.weights.smoth=1.0: the reward has the metrics", "parts"
+    ),
     "a full disk": Planted([], "1.0 MB are free there, checkpoints and export take", "disk", _full_disk),
     "a folder with a run": Planted([], "already holds a run; continue it with resume=", "folder", _used_folder),
 }
