@@ -141,9 +141,12 @@ class Checks:
         return f"the first ratio is {exactly} for {counted} transitions, {shape}"
 
     def spread(self) -> str:
-        """Samples of a group differ in their scores, or nothing could be learned; none is missing beyond the limit."""
+        """Samples of a group differ in their scores, or nothing could be learned; none is missing beyond the limit.
+
+        Rewards that only evaluate are asked, too: whether they answer had better not be found at the first evaluation.
+        """
         batch, scorer = self.drawn, self._parts.scorer
-        collector = scorer.collect()
+        collector = scorer.collect(evaluation=True)
         texts = [batch.prompts.texts[row] for row in batch.rollout.prompt.tolist()]
         collector.add(batch.images, texts, batch.rollout.group.tolist())
         scores = collector.scores()
