@@ -123,26 +123,30 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path, *, training: b
         engine=engine,
     )
     rewards, stop = Rewards(entries, engine=engine, log_dir=run_dir / "rewards"), StopRequest()
-    scorer = Scorer(
-        rewards.sources,
-        scale=values["scoring"]["scale"],
-        level=values["scoring"]["level"],
-        alpha=values["curriculum"]["alpha"],
-        engine=engine,
-        stop=stop,
-    )
-    evaluation = values["evaluation"]
-    evaluator = Evaluator(
-        prompts=heldout,
-        images=evaluation["images"],
-        grid_images=evaluation["grid_images"],
-        batch=values["micro_batch"],
-        seed=evaluation["seed"],
-        latent_shape=model.latent_shape,
-        sampler=sampler,
-        scorer=scorer,
-        engine=engine,
-    )
+    try:
+        scorer = Scorer(
+            rewards.sources,
+            scale=values["scoring"]["scale"],
+            level=values["scoring"]["level"],
+            alpha=values["curriculum"]["alpha"],
+            engine=engine,
+            stop=stop,
+        )
+        evaluation = values["evaluation"]
+        evaluator = Evaluator(
+            prompts=heldout,
+            images=evaluation["images"],
+            grid_images=evaluation["grid_images"],
+            batch=values["micro_batch"],
+            seed=evaluation["seed"],
+            latent_shape=model.latent_shape,
+            sampler=sampler,
+            scorer=scorer,
+            engine=engine,
+        )
+    except BaseException:
+        rewards.close()
+        raise
     return Parts(model, policy, encoder, computation, sampler, rewards, scorer, evaluator, optimizer, stop)
 
 

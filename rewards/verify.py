@@ -71,7 +71,7 @@ def recorded(name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     defaults = registry.default_settings(name)
     for key, record in _read(_SHIPPED).items():
         other, _, text = key.partition(" ")
-        if other == name and defaults | json.loads(text) == defaults | settings:
+        if other == name and defaults | json.loads(text) == {**defaults, **settings}:
             return record
     return None
 

@@ -71,7 +71,7 @@ class Checks:
                     f"the velocity is not finite at step {i} of {sampler.num_steps} in {self._model_dtype}; "
                     "model.dtype=float32 has the larger range, network.autocast=bfloat16 keeps it fast"
                 )
-        count = sum(parameter.numel() for parameter in self._parts.policy.parameters)
+        count = sum(self._parts.policy.trained_sizes)
         return f"{number(count)} weights are trained; velocities are finite at all {sampler.num_steps} steps"
 
     def zero_noise(self, prompts: Prompts) -> str:
@@ -93,7 +93,8 @@ class Checks:
                     "Rollouts would drift from what evaluation draws; mend the drift of step(), or noiseless()"
                 )
             worst = max(worst, apart)
-        return f"{name} without noise is the noise-free step up to {worst:.0e} of the state"
+        same = f"up to {worst:.0e} of the state" if worst else "to the last bit"
+        return f"{name} without noise is the noise-free step {same}"
 
     def roll_out(self, prompts: Prompts) -> str:
         """A rollout at the shapes of training; the network is evaluated as often as the formula says."""
@@ -140,9 +141,12 @@ class Checks:
         return f"the first ratio is {exactly} for {counted} transitions, {shape}"
 
     def spread(self) -> str:
-        """Samples of a group differ in their scores, or nothing could be learned; none is missing beyond the limit."""
+        """Samples of a group differ in their scores, or nothing could be learned; none is missing beyond the limit.
+
+        Rewards that only evaluate are asked, too: whether they answer had better not be found at the first evaluation.
+        """
         batch, scorer = self.drawn, self._parts.scorer
-        collector = scorer.collect()
+        collector = scorer.collect(evaluation=True)
         texts = [batch.prompts.texts[row] for row in batch.rollout.prompt.tolist()]
         collector.add(batch.images, texts, batch.rollout.group.tolist())
         scores = collector.scores()

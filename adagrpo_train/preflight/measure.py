@@ -102,11 +102,9 @@ class Measurement:
 
     def estimate(self, pieces: Pieces) -> tuple[Estimate, Estimate]:
         """By the clock, and in processor seconds of this process; of the slowest rank and the largest."""
-        iteration, evaluation = pieces.iteration(self._counts), pieces.evaluation(self._counts)
-        own = (iteration, evaluation, float(self.peak()))
-        everyone = self._engine.gather_objects(own)
-        slowest = [np.max([rank[place] for rank in everyone], axis=0) for place in range(2)]
-        peak = max(rank[2] for rank in everyone)
+        seconds = np.stack([pieces.iteration(self._counts), pieces.evaluation(self._counts)])
+        slowest = np.max(self._engine.gather_objects(seconds), axis=0)
+        peak = float(max(self._engine.gather_objects(self.peak())))
         what = "GPU" if self._engine.device.type == "cuda" else "process"
         clock, processor = (Estimate(float(slowest[0][kind]), float(slowest[1][kind]), peak, what) for kind in range(2))
         return clock, processor

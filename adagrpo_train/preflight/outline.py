@@ -67,7 +67,7 @@ class Outline:
 
     def written(self) -> sizes.Written:
         """Bytes of checkpoints and export."""
-        return sizes.written(self._settings.values, self.model, self.trained)
+        return sizes.written(self._settings.values, self.model, [parameter.numel() for parameter in self.trained])
 
     def held(self) -> dict[str, float]:
         """Bytes of one process by what they are for; see sizes.held()."""
@@ -178,7 +178,8 @@ class BlockMeter:
             return Work(0.0, 0.0, 0.0, kept, 0.0), _entered(outputs[0])
         with FlopCounterMode(display=False) as ahead, torch.no_grad():
             call()
-        with FlopCounterMode(display=False) as both, torch.enable_grad():
+        unseen = torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept)  # by whoever looks on
+        with FlopCounterMode(display=False) as both, torch.enable_grad(), unseen:
             torch.stack([output.float().mean() for output in _tensors(call())]).sum().backward()
         forward = float(ahead.get_total_flops())
         self.counted += 2 * forward + both.get_total_flops()  # once above, where what is kept was noted

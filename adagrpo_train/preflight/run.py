@@ -15,7 +15,7 @@ import torch
 
 from adagrpo_train import build, continuation
 from adagrpo_train.build import Assembly
-from adagrpo_train.errors import PreflightError
+from adagrpo_train.errors import PreflightError, RewardError
 from adagrpo_train.preflight import plan, sizes
 from adagrpo_train.preflight.checks import Checks
 from adagrpo_train.preflight.counts import Counts, count
@@ -51,6 +51,7 @@ class Preflight:
         self._snapshot: Snapshot | None = None
         self._run_dir = settings.run_dir
         self._run: Assembly | None = None
+        self._reward_failed = False
         self.estimates: tuple[plan.Estimate, plan.Estimate] | None = None
         """Of the clock, and of processor seconds; None unless every check was passed."""
 
@@ -64,6 +65,7 @@ class Preflight:
             if self._settings.values["resume"] is not None:
                 self._findings.check("checkpoint", self._open_snapshot)
             self._findings.check("folder", self._find_folder, needs=["checkpoint"])
+            self._findings.check("tracker", self._trackers)
             self._findings.check("parts", lambda: self._assemble(Path(scratch)))
             if self._run is None:
                 self._without_parts(Path(scratch))
@@ -82,13 +84,25 @@ class Preflight:
         self._run_dir = continuation.find_run_dir(self._settings, self._engine, self._snapshot)
         return f"{self._run_dir}"
 
+    def _trackers(self) -> str:
+        """Their settings; none is started."""
+        configured = self._settings.values["tracker"] or {}
+        for name, section in configured.items():
+            build.make(section, f"tracker.{name}")
+        return ", ".join(["the run's folder", *configured])
+
     def _assemble(self, scratch: Path) -> str:
-        self._run = build.assemble(_for_checks(self._settings, scratch), self._engine, scratch)
+        try:
+            self._run = build.assemble(_for_checks(self._settings, scratch), self._engine, scratch)
+        except RewardError:  # on every rank
+            self._reward_failed = True
+            raise
         return f"{_names(self._settings)} fits together, on {self._engine.world_size} x {self._engine.device.type}"
 
     def _without_parts(self, scratch: Path) -> None:
         """What can still be checked when the run cannot be built."""
-        self._findings.check("rewards", lambda: self._rewards_alone(scratch))
+        if not self._reward_failed:  # else it would be waited for once more
+            self._findings.check("rewards", lambda: self._rewards_alone(scratch))
         outline = _outlined(self._findings, self._settings, processes=self._engine.world_size)
         if outline:
             self._findings.check("disk", lambda: self._disk(outline.written()))
@@ -116,7 +130,7 @@ class Preflight:
         if self._snapshot is not None:
             findings.check("state", lambda: self._restore(run), needs=["checkpoint", "reward identity"])
         prompts = checks.draw_prompts()
-        written = sizes.written(settings.values, parts.model, parts.policy.parameters)
+        written = sizes.written(settings.values, parts.model, parts.policy.trained_sizes)
         findings.check("disk", lambda: self._disk(written))
         fits = partial(_in_memory, settings)
         findings.check("memory", fits(lambda: self._prepare(run, prompts)))

@@ -39,13 +39,16 @@ class Written:
         return (keep + 2) * self.checkpoint + self.export
 
 
-def written(values: dict[str, Any], model: Any, trained: Sequence[nn.Parameter]) -> Written:
-    """Of a run with these settings, flow model and trained weights. The export of adapters is they alone, else it is
-    the whole pipeline."""
-    weights = nbytes(trained)
+def written(values: dict[str, Any], model: Any, trained: Sequence[int]) -> Written:
+    """Of a run with these settings and flow model. The export of adapters is they alone, else the whole pipeline.
+
+    Args:
+        trained: numbers of weights of the trained tensors, whole also where processes hold shares of them.
+    """
+    weights = _FLOAT32 * sum(trained)  # whatever the others are
     average = weights if values["weight_average"]["decay"] else 0
-    state = optimizer_bytes(values["optimizer"], [parameter.numel() for parameter in trained])
-    return Written(weights + average + state, weights if adapters(model) else nbytes(_pipeline_weights(model)))
+    others = 0 if adapters(model) else nbytes(_beside_the_network(model))
+    return Written(weights + average + optimizer_bytes(values["optimizer"], trained), weights + others)
 
 
 def held(
@@ -116,6 +119,6 @@ def _copies_reference(values: dict[str, Any], model: Any) -> bool:
     return not adapters(model) and values["algorithm"]["objective"]["kl_weight"] > 0
 
 
-def _pipeline_weights(model: Any) -> list[Tensor]:
-    parts = (part for part in model.pipeline.components.values() if isinstance(part, nn.Module))
-    return [parameter for part in parts for parameter in part.parameters()]
+def _beside_the_network(model: Any) -> list[Tensor]:
+    parts = (part for name, part in model.pipeline.components.items() if name != "transformer")
+    return [parameter for part in parts if isinstance(part, nn.Module) for parameter in part.parameters()]

@@ -1,5 +1,6 @@
 """The network that is trained, as a velocity field; it counts every evaluation it makes."""
 
+import math
 from collections import Counter
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -67,6 +68,11 @@ class Policy:
         self.average = WeightAverage(self._weights, decay=average["decay"], interval=int(average["interval"]))
         self.evaluations: Counter[str] = Counter()
         """Network rows evaluated so far: "sampling" without gradient, "training" with, "reference"."""
+
+    @property
+    def trained_sizes(self) -> list[int]:
+        """Number of weights of every trained tensor, of which this process may hold a share."""
+        return [math.prod(shape) for shape in self._weights.shapes]
 
     def encode(self, texts: list[str]) -> Conditions:
         """Embeddings of texts, one row each."""
