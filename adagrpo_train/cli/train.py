@@ -46,6 +46,7 @@ def _train(settings: Settings, engine: "Engine") -> None:
     from adagrpo_train.runtime.files import whole_folder
     from adagrpo_train.tracking.report import write_report
 
+    continuation.check_trains(settings)
     snapshot = continuation.open_snapshot(settings, engine)
     if snapshot:
         continuation.check_continuation(settings, engine, snapshot)

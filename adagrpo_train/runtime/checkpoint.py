@@ -74,20 +74,23 @@ class Checkpoints:
         return target
 
 
-def find(path: Path) -> Path:
+def find(path: Path, *, key: str = "resume") -> Path:
     """The newest intact checkpoint of a run folder, a checkpoints folder or a checkpoint.
 
     A damaged one is passed over with a warning that names it.
+
+    Args:
+        key: the configuration key that names the path, for messages.
 
     Raises:
         CheckpointError: nothing is there, or nothing intact.
     """
     if not path.exists():
-        raise CheckpointError(f"resume={path}: no such folder; give a run folder or one of its checkpoints")
+        raise CheckpointError(f"{key}={path}: no such folder; give a run folder or one of its checkpoints")
     if (path / _MANIFEST).is_file() or path.name.startswith("iteration_"):
         fault = fault_of(path)
         if fault:
-            raise CheckpointError(f"resume={path}: {fault}; give the run folder to use the newest intact checkpoint")
+            raise CheckpointError(f"{key}={path}: {fault}; give the run folder to use the newest intact checkpoint")
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     for candidate in sorted(folder.glob("iteration_*"), reverse=True):
@@ -95,7 +98,7 @@ def find(path: Path) -> Path:
         if not fault:
             return candidate
         _log.warning("checkpoint %s is damaged (%s); using the one before", candidate, fault)
-    raise CheckpointError(f"resume={path}: no intact checkpoint in {folder}")
+    raise CheckpointError(f"{key}={path}: no intact checkpoint in {folder}")
 
 
 def fault_of(path: Path) -> str:
