@@ -1,5 +1,6 @@
 """`adagrpo-eval`."""
 
+import gc
 import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -76,6 +77,7 @@ def _results(settings: Settings, engine: "Engine", subjects: "list[Subject]") ->
                 continuation.check_same_rewards(settings, scoring.scorer, snapshot)
                 scoring.scorer.load_state_dict(snapshot.state["scoring"])
             for subject in missing:
+                gc.collect()  # the network of the subject before, parts of which refer to each other
                 results[subject.key] = own = _drawn(subject, engine, scoring, settings.run_dir)
                 if engine.is_main:
                     folder = settings.run_dir / "against" if subject.key == "against" else settings.run_dir
@@ -137,4 +139,5 @@ def _report(run_dir: Path, results: "list[Pictured]") -> None:
         changes = compare(before.scored, after.scored)
         save_comparison(run_dir, before, after, changes)
         console.print(changes_table(before.scored, after.scored, changes))
-    sys.stdout.write(f"{len(results[-1].scored)} images; written to {run_dir}\n")
+    drawn = results[-1].scored
+    sys.stdout.write(f"{len(drawn)} images of {len(set(drawn.texts))} prompts; written to {run_dir}\n")
