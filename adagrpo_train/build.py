@@ -49,6 +49,15 @@ class Methods:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """The rewards of a run: several networks may be scored by the same."""
+
+    rewards: Rewards
+    scorer: Scorer
+    stop: StopRequest
+
+
+@dataclass(frozen=True)
 class Parts:
     """What training and evaluation share."""
 
@@ -96,14 +105,40 @@ def make_methods(values: dict[str, Any]) -> Methods:
         curriculum=make(values["curriculum"], "curriculum"),
         advantage=make(values["advantage"], "advantage"),
         objective=make(values["algorithm"]["objective"], "algorithm.objective"),
-        rewards=[make_entry(name, section) for name, section in values["reward"].items()],
+        rewards=_entries(values),
     )
 
 
-def make_parts(settings: Settings, engine: Engine, run_dir: Path, *, training: bool) -> Parts:
-    """Model, policy, sampler, rewards, scorer and evaluator; for training the optimizer too."""
+def make_scoring(settings: Settings, engine: Engine, run_dir: Path) -> Scoring:
+    """Rewards that are ready, and the scorer that asks them."""
     values = settings.values
-    entries = [make_entry(name, section) for name, section in values["reward"].items()]
+    rewards, stop = Rewards(_entries(values), engine=engine, log_dir=run_dir / "rewards"), StopRequest()
+    try:
+        scorer = Scorer(
+            rewards.sources,
+            scale=values["scoring"]["scale"],
+            level=values["scoring"]["level"],
+            alpha=values["curriculum"]["alpha"],
+            engine=engine,
+            stop=stop,
+        )
+    except BaseException:
+        rewards.close()
+        raise
+    return Scoring(rewards, scorer, stop)
+
+
+def make_parts(
+    settings: Settings, engine: Engine, run_dir: Path, *, training: bool, scoring: Scoring | None = None
+) -> Parts:
+    """Model, policy, sampler, rewards, scorer and evaluator; for training the optimizer too.
+
+    Args:
+        training: else every prompt of the file is evaluated, evaluation.samples times, and every image kept.
+        scoring: rewards that are ready already.
+    """
+    values = settings.values
+    _entries(values)  # like prompt files, before the model is loaded
     # Prompt files are read before the model is loaded: a wrong path should not cost a minute.
     heldout = read_prompts(Path(values["prompts"]["evaluation_path"]), key="prompts.evaluation_path")
     model = make(values["model"], "model", device=engine.device)
@@ -122,31 +157,25 @@ def make_parts(settings: Settings, engine: Engine, run_dir: Path, *, training: b
         average=values["weight_average"],
         engine=engine,
     )
-    rewards, stop = Rewards(entries, engine=engine, log_dir=run_dir / "rewards"), StopRequest()
+    scoring = scoring or make_scoring(settings, engine, run_dir)
+    evaluation = values["evaluation"]
     try:
-        scorer = Scorer(
-            rewards.sources,
-            scale=values["scoring"]["scale"],
-            level=values["scoring"]["level"],
-            alpha=values["curriculum"]["alpha"],
-            engine=engine,
-            stop=stop,
-        )
-        evaluation = values["evaluation"]
         evaluator = Evaluator(
             prompts=heldout,
             images=evaluation["images"],
-            grid_images=evaluation["grid_images"],
+            samples=0 if training else evaluation["samples"],
+            grid_images=evaluation["grid_images"] if training else None,
             batch=values["micro_batch"],
             seed=evaluation["seed"],
             latent_shape=model.latent_shape,
             sampler=sampler,
-            scorer=scorer,
+            scorer=scoring.scorer,
             engine=engine,
         )
     except BaseException:
-        rewards.close()
+        scoring.rewards.close()
         raise
+    rewards, scorer, stop = scoring.rewards, scoring.scorer, scoring.stop
     return Parts(model, policy, encoder, computation, sampler, rewards, scorer, evaluator, optimizer, stop)
 
 
@@ -307,6 +336,10 @@ def make_tracker(settings: Settings, run_dir: Path, snapshot: Snapshot | None) -
         )
     )
     return tracker
+
+
+def _entries(values: dict[str, Any]) -> list[RewardEntry]:
+    return [make_entry(name, section) for name, section in values["reward"].items()]
 
 
 def make_entry(name: str, section: dict[str, Any]) -> RewardEntry:

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +21,10 @@ _log = logging.getLogger(__name__)
 FREE_ON_RESUME = (
     "iterations",
     "resume",
+    "against",
     "tracker",
     "evaluation.every",
+    "evaluation.samples",
     "checkpoint",
     "record",
     "health",
@@ -56,9 +59,16 @@ INPUTS = ("model.path", "prompts.path", "prompts.evaluation_path")
 def open_snapshot(settings: Settings, engine: Engine) -> Snapshot | None:
     """The checkpoint that `resume` names; None without it. Every rank reads the one that the main rank found."""
     resume = settings.values["resume"]
-    if resume is None:
-        return None
-    path = _on_main(engine, lambda: checkpoint_of(settings))
+    return None if resume is None else snapshot_at(resume, engine, key="resume")
+
+
+def snapshot_at(value: str, engine: Engine, *, key: str) -> Snapshot:
+    """The checkpoint that a run folder or a checkpoint's own path names, the same on every rank.
+
+    Args:
+        key: the configuration key that names it, for messages.
+    """
+    path = _on_main(engine, lambda: checkpoint.find(Path(value).expanduser().resolve(), key=key))
     _log.info("reading %s", path)
     return checkpoint.load(path)
 
@@ -67,6 +77,19 @@ def inputs_of(settings: Settings) -> dict[str, str]:
     """Fingerprints of the files that `INPUTS` name; of a hub id nothing is known."""
     paths = {key: Path(_value(settings, key)).expanduser() for key in INPUTS}
     return {key: fingerprint(path) for key, path in paths.items() if path.exists()}
+
+
+def check_trains(settings: Settings) -> None:
+    """Refuse to train with a setting that asks for something else.
+
+    Raises:
+        ConfigError: names it.
+    """
+    if settings.values["against"] is not None:
+        raise ConfigError(
+            f"against={settings.values['against']}: training compares with nothing; adagrpo-eval resume=RUN "
+            "against=... does. Leave it out"
+        )
 
 
 def check_continuation(settings: Settings, engine: Engine, snapshot: Snapshot) -> None:
@@ -124,6 +147,34 @@ def check_same_model(settings: Settings, snapshot: Snapshot) -> None:
     # The prompts are free here: scoring others is what the command is for.
     free = _same_inputs(settings, snapshot, keys=("model.path",)) + _serving(saved["reward"])
     checkpoint.check_compatible(saved, present, free=free)
+
+
+def with_weights_of(settings: Settings, snapshot: Snapshot, *, key: str) -> Settings:
+    """The same settings for the network of another run: its choice of trained weights, on the model it started from.
+
+    Args:
+        key: the configuration key that names the run, for messages.
+
+    Raises:
+        CheckpointError: the model draws differently, or what the run started from is not there any more.
+    """
+    own = {name: snapshot.config[name] for name in ("trainable", "weight_average")}
+    saved, present = ({"model": values["model"]} for values in (snapshot.config, settings.values))
+    try:
+        checkpoint.check_compatible(saved, present, free=("model.path",))
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}={settings.values[key]}: {error}") from error
+    known, started = snapshot.state["inputs"].get("model.path"), snapshot.config["model"]["path"]
+    if known is not None:  # a local folder, which may have moved
+        paths = [path for path in (settings.values["model"]["path"], started) if Path(path).expanduser().exists()]
+        same = [path for path in paths if fingerprint(Path(path).expanduser()) == known]
+        if not same:
+            raise CheckpointError(
+                f"{key}={settings.values[key]}: the model that it started from is neither at model.path="
+                f"{settings.values['model']['path']} nor at {started}; put it back there"
+            )
+        started = same[0]
+    return replace(settings, values=settings.values | own | {"model": present["model"] | {"path": started}})
 
 
 def check_same_rewards(settings: Settings, scorer: Scorer, snapshot: Snapshot) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +57,9 @@ class Evaluator:
     Args:
         prompts: held-out prompts; images cycle through their classes, and through the prompts of each class.
         images: number of images, over all ranks.
-        grid_images: how many of them are kept to look at.
+        samples: if not 0, every prompt gets so many images instead, whose noise depends on the line of the prompt and
+            not on how many there are.
+        grid_images: how many of them are kept to look at; None keeps all.
         batch: images per network call.
         seed: of the initial noise; apart from the run's seed, so that runs are compared on the same noise.
         latent_shape: shape of one latent.
@@ -67,7 +70,8 @@ class Evaluator:
         *,
         prompts: Prompts,
         images: int,
-        grid_images: int,
+        samples: int,
+        grid_images: int | None,
         batch: int,
         seed: int,
         latent_shape: tuple[int, ...],
@@ -75,12 +79,18 @@ class Evaluator:
         scorer: Scorer,
         engine: Engine,
     ) -> None:
-        if images < 1 or grid_images < 1 or batch < 1:
+        if images < 1 or (grid_images is not None and grid_images < 1) or batch < 1:
             raise ConfigError("evaluation.images, evaluation.grid_images and micro_batch must be >= 1")
-        self._prompts = prompts[_spread(prompts.classes, images)]
-        self._batch, self._grid_images = batch, min(grid_images, images)
+        if samples < 0:
+            raise ConfigError(f"evaluation.samples={samples}: must be >= 1, or 0 for the images of training")
+        rows = sorted([*range(len(prompts))] * samples) or _spread(prompts.classes, images)
+        self._prompts = prompts[rows]
+        self.samples = tuple(number % samples if samples else number for number in range(len(rows)))
+        """Number of each image, by which its noise is drawn: among the images of its prompt, or among all."""
+        self._batch, self._grid_images = batch, grid_images
         self._sampler, self._scorer, self._engine = sampler, scorer, engine
-        keys = [NoiseKey(seed, 0, prompt_id, number, INITIAL) for number, prompt_id in enumerate(self._prompts.ids)]
+        pairs = zip(self._prompts.ids, self.samples, strict=True)
+        keys = [NoiseKey(seed, 0, prompt_id, number, INITIAL) for prompt_id, number in pairs]
         self._noise = keyed_noise(keys, latent_shape)
 
     @property
@@ -88,27 +98,40 @@ class Evaluator:
         """Prompts of the images, in their order."""
         return self._prompts.texts
 
-    def evaluate(self, policy: Policy) -> Evaluation:
-        """Score the fixed images with the averaged weights; every rank returns the whole evaluation."""
-        world, total = self._engine.world_size, len(self._prompts)
-        share = -(-total // world)
+    @property
+    def share(self) -> int:
+        """Images that each rank draws."""
+        return -(-len(self._prompts) // self._engine.world_size)
+
+    def evaluate(self, policy: Policy, drawn: Callable[[int], None] = lambda count: None) -> Evaluation:
+        """Score the fixed images with the averaged weights; every rank returns the whole evaluation.
+
+        Args:
+            drawn: told the number of images of each batch once this rank has drawn it.
+        """
+        share, total = self.share, len(self._prompts)
         # Ranks hold equally many rows; the last rank repeats the last row and the surplus is cut off below.
         rows = [min(row, total - 1) for row in range(self._engine.rank * share, (self._engine.rank + 1) * share)]
         with policy.average.applied():
             images = np.concatenate(
-                [self._render(policy, rows[start : start + self._batch]) for start in range(0, share, self._batch)]
+                [
+                    self._render(policy, rows[start : start + self._batch], drawn)
+                    for start in range(0, share, self._batch)
+                ]
             )
         scores = self._scorer.score(images, self._prompts[rows].texts, evaluation=True)
         parts = {name: self._engine.gather(values)[:total] for name, values in scores.parts.items()}
         self._scorer.calibrate(parts)
         gathered = {"total": self._scorer.total(parts)} | parts
         pixels = self._engine.gather(torch.from_numpy(images)).numpy()
-        return Evaluation(self._prompts, gathered, pixels[: self._grid_images])
+        return Evaluation(self._prompts, gathered, pixels[:total][: self._grid_images])
 
     @torch.no_grad()
-    def _render(self, policy: Policy, rows: list[int]) -> np.ndarray:
+    def _render(self, policy: Policy, rows: list[int], drawn: Callable[[int], None]) -> np.ndarray:
         conditions = policy.encode(list(self._prompts[rows].texts))
-        return policy.decode(self._sampler.render(policy.velocity, conditions, self._noise[rows]))
+        images = policy.decode(self._sampler.render(policy.velocity, conditions, self._noise[rows]))
+        drawn(len(rows))
+        return images
 
 
 class PairedGain(NamedTuple):

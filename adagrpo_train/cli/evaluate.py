@@ -1,21 +1,42 @@
 """`adagrpo-eval`."""
 
+import gc
 import sys
-from contextlib import closing
-from typing import TYPE_CHECKING
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from adagrpo_train.cli.command import run_command
 from adagrpo_train.settings import Settings
 
 if TYPE_CHECKING:
+    from adagrpo_train.build import Scoring
+    from adagrpo_train.cli.subjects import Subject
+    from adagrpo_train.reports.evaluation import Pictured
     from adagrpo_train.runtime.engine import Engine
+    from adagrpo_train.scoring.scorer import Scorer
+
+_FILE_WIDTH = 180
+"""Columns of what is no terminal."""
 
 _HELP = """\
-usage: adagrpo-eval [resume=RUN_OR_CHECKPOINT] [key=value ...]
+usage: adagrpo-eval [resume=WHAT] [against=WHAT] [key=value ...]
 
-Score the held-out prompts with the noise-free sampler: of a checkpoint, or of the plain model without `resume`.
-Takes the same keys as adagrpo-train, and further rewards with role=evaluation; writes evaluation.jsonl and
-evaluation.png into hydra.run.dir.
+Draw every held-out prompt without noise in the sampling, from fixed initial noise, and score the images.
+
+  adagrpo-eval resume=RUN                              a run, or one of its checkpoints
+  adagrpo-eval model.path=FOLDER                       a diffusers pipeline, such as RUN/export with trainable=full
+  adagrpo-eval resume=RUN against=base                 a run compared with the model it started from
+  adagrpo-eval resume=RUN against=OTHER_RUN            two runs, with adapters or with every weight
+  adagrpo-eval resume=EVALUATION against=EVALUATION    two evaluations made before; draws nothing
+
+  prompts.evaluation_path=FILE evaluation.samples=4    four images of every prompt of a file
+  'reward=[shapes,tiny_clip]' reward.tiny_clip.role=evaluation        rewards that the run was not trained on
+  evaluation.samples=0                                 the images of training, to the digit
+
+Takes the same keys as adagrpo-train. Writes evaluation.jsonl (a line per image), evaluation.json (means by class) and
+evaluation.png into hydra.run.dir; with `against` also comparison.json and comparison.png, and the other's
+evaluation into `against/`.
 
 Options:
   --cfg      print the composed configuration and stop
@@ -29,31 +50,94 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _evaluate(settings: Settings, engine: "Engine") -> None:
-    from PIL import Image
+    from adagrpo_train.cli.subjects import find_subject
+    from adagrpo_train.errors import ConfigError
 
+    subjects = [find_subject(settings, engine, "resume")]
+    if settings.values["against"] is not None:
+        subjects.insert(0, find_subject(settings, engine, "against"))  # first: it sets the scale if none is set yet
+    elif subjects[0].scores is not None:
+        raise ConfigError(f"resume={settings.values['resume']}: has been evaluated; name another with against=")
+    results = _results(settings, engine, subjects)
+    engine.together(lambda: _report(settings.run_dir, results) if engine.is_main else None)
+
+
+def _results(settings: Settings, engine: "Engine", subjects: "list[Subject]") -> "list[Pictured]":
+    """Scores and images of each subject, drawn or read, the same on every rank; what is drawn is also written."""
     from adagrpo_train import build, continuation
-    from adagrpo_train.tracking.images import image_grid
+    from adagrpo_train.reports.evaluation import read_evaluation, save_evaluation
+
+    results = {s.key: read_evaluation(s.scores, key=s.key) for s in subjects if s.scores is not None}
+    missing = [subject for subject in subjects if subject.key not in results]
+    if missing:
+        scoring = build.make_scoring(settings, engine, settings.run_dir)
+        with closing(scoring.rewards):
+            snapshot = subjects[-1].snapshot
+            if snapshot:
+                continuation.check_same_rewards(settings, scoring.scorer, snapshot)
+                scoring.scorer.load_state_dict(snapshot.state["scoring"])
+            for subject in missing:
+                gc.collect()  # the network of the subject before, parts of which refer to each other
+                results[subject.key] = own = _drawn(subject, engine, scoring, settings.run_dir)
+                if engine.is_main:
+                    folder = settings.run_dir / "against" if subject.key == "against" else settings.run_dir
+                    save_evaluation(folder, own, grid_images=settings.values["evaluation"]["grid_images"])
+    return [results[subject.key] for subject in subjects]
+
+
+def _drawn(subject: "Subject", engine: "Engine", scoring: "Scoring", run_dir: Path) -> "Pictured":
+    """Draw and score; the network is freed afterwards."""
+    from adagrpo_train import build
+    from adagrpo_train.reports.evaluation import Pictured
+    from adagrpo_train.reports.scored import scored
+    from adagrpo_train.tracking.console import counted
+    from adagrpo_train.tracking.images import thumbnails
     from adagrpo_train.tracking.records import missing_scores
 
-    snapshot = continuation.open_snapshot(settings, engine)
-    if snapshot:
-        continuation.check_same_model(settings, snapshot)
-    parts = build.make_parts(settings, engine, settings.run_dir, training=False)
-    with closing(parts.rewards):
-        if snapshot:
-            continuation.check_same_rewards(settings, parts.scorer, snapshot)
-            parts.policy.load_state_dict(snapshot.tensors)
-            parts.scorer.load_state_dict(snapshot.state["scoring"])
-        parts.encoder.prepare(parts.evaluator.texts)
-        evaluation = parts.evaluator.evaluate(parts.policy)
-        traffic = parts.scorer.drain(evaluation=True)
-    if engine.is_main:
-        settings.run_dir.mkdir(parents=True, exist_ok=True)
-        evaluation.save(settings.run_dir / "evaluation.jsonl")
-        captions = list(evaluation.prompts.texts[: len(evaluation.grid)])
-        Image.fromarray(image_grid(evaluation.grid, captions)).save(settings.run_dir / "evaluation.png")
-        for name, value in evaluation.metrics().items():
-            sys.stdout.write(f"{name:<28} {value:.4f}\n")
-        for name, count in missing_scores(traffic, evaluation=True).items():
-            sys.stdout.write(f"{count} scores of reward {name} are missing\n")
-        sys.stdout.write(f"{len(evaluation.prompts)} images; written to {settings.run_dir}\n")
+    parts = build.make_parts(subject.settings, engine, run_dir, training=False, scoring=scoring)
+    if subject.snapshot:
+        parts.policy.load_state_dict(subject.snapshot.tensors)
+    parts.encoder.prepare(parts.evaluator.texts)
+    with counted(subject.label, parts.evaluator.share) if engine.is_main else nullcontext(lambda _: None) as drawn:
+        evaluation = parts.evaluator.evaluate(parts.policy, drawn)
+    for name, count in missing_scores(scoring.scorer.drain(evaluation=True), evaluation=True).items():
+        if engine.is_main:
+            sys.stdout.write(f"{subject.label}: {count} scores of reward {name} are missing\n")
+    record = scored(
+        evaluation, parts.evaluator.samples, subject=subject.label, facts=_facts(subject.settings, scoring.scorer)
+    )
+    return Pictured(record, dict(enumerate(thumbnails(evaluation.grid))))
+
+
+def _facts(settings: Settings, scorer: "Scorer") -> dict[str, Any]:
+    """What scores depend on beside the model and the prompts."""
+    values = settings.values
+    trained = {name: own["weights"] for name, own in values["reward"].items() if own["role"] == "train"}
+    return {
+        "noise": {"seed": values["evaluation"]["seed"], "resolution": values["model"]["resolution"]},
+        "rewards": scorer.fingerprints,
+        "total": {"weights": trained, "calibration": scorer.state_dict()["calibration"]},
+    }
+
+
+def _report(run_dir: Path, results: "list[Pictured]") -> None:
+    """Print a table; of two also write the comparison."""
+    from rich.console import Console
+
+    from adagrpo_train.reports.comparison import compare
+    from adagrpo_train.reports.evaluation import save_comparison
+    from adagrpo_train.reports.tables import changes_table, scores_table
+
+    # Prompt classes are not to be taken for markup.
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    if len(results) == 1:
+        console.print(scores_table(results[0].scored))
+    else:
+        before, after = results
+        changes = compare(before.scored, after.scored)
+        save_comparison(run_dir, before, after, changes)
+        console.print(changes_table(before.scored, after.scored, changes))
+    drawn = results[-1].scored
+    sys.stdout.write(f"{len(drawn)} images of {len(set(drawn.texts))} prompts; written to {run_dir}\n")

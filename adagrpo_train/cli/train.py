@@ -47,6 +47,7 @@ def _train(settings: Settings, engine: "Engine") -> None:
     from adagrpo_train.reports.run_page import write_report
     from adagrpo_train.runtime.files import whole_folder
 
+    continuation.check_trains(settings)
     snapshot = continuation.open_snapshot(settings, engine)
     if snapshot:
         continuation.check_continuation(settings, engine, snapshot)

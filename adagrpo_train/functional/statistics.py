@@ -98,7 +98,8 @@ def expansion(count: int, *, confidence: float) -> float:
 
     Means of resampled values spread like a normal variable with the variance divided by n, where the mean of n
     normal values follows Student's t with the variance divided by n - 1: sqrt(n / (n - 1)) t / z, 2.7 for 3 values,
-    1.6 for 5 and 1.002 for 448.
+    1.6 for 5 and 1.004 for 448. Of 2000 simulated 95 % intervals of 3 (5) normal values 93 % (95 %) held the mean,
+    without it 73 % (84 %).
 
     Args:
         count: n, >= 2.

@@ -53,6 +53,12 @@ def load(pipeline_class: Any, path: str, dtype: torch.dtype, without: Sequence[s
 def _check_folder(path: str, folder: Path, pipeline_class: Any, without: Sequence[str]) -> None:
     """Refuse a folder that is not, or not wholly, a pipeline of that class."""
     index = folder / "model_index.json"
+    if not index.is_file() and list(folder.glob("*lora*.safetensors")):
+        raise ConfigError(
+            f"model.path={path}: holds adapters, not a pipeline. Those of a run here are evaluated by "
+            "adagrpo-eval resume=RUN; of others make a pipeline with diffusers: load_lora_weights, fuse_lora, "
+            "unload_lora_weights, save_pretrained"
+        )
     if not index.is_file():
         raise ConfigError(f"model.path={path}: no diffusers pipeline there (model_index.json is missing)")
     try:

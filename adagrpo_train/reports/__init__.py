@@ -1,1 +1,1 @@
-"""Self-contained HTML pages about runs and studies, and the comparison of a run with a reference curve."""
+"""What people read of runs, studies and evaluations: pages, tables, pictures, and comparisons of two."""

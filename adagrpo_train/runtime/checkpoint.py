@@ -97,22 +97,25 @@ class Checkpoints:
         return self._folder / f"iteration_{iteration:06d}"
 
 
-def find(path: Path) -> Path:
+def find(path: Path, *, key: str = "resume") -> Path:
     """The newest intact checkpoint of a run folder or a checkpoints folder, a checkpoint, or the one that `best` names.
 
     In a folder a damaged one is passed over with a warning that names it.
+
+    Args:
+        key: the configuration key that names the path, for messages.
 
     Raises:
         CheckpointError: nothing is there, or nothing intact.
     """
     if not path.exists():
-        raise CheckpointError(f"resume={path}: no such folder; give a run folder or one of its checkpoints")
+        raise CheckpointError(f"{key}={path}: no such folder; give a run folder or one of its checkpoints")
     if path.is_file() and path.name == _BEST:
         path = path.with_name(path.read_text(encoding="utf-8").strip())
     if (path / _MANIFEST).is_file() or path.name.startswith("iteration_"):
         fault = fault_of(path)
         if fault:
-            raise CheckpointError(f"resume={path}: {fault}; give the run folder to use the newest intact checkpoint")
+            raise CheckpointError(f"{key}={path}: {fault}; give the run folder to use the newest intact checkpoint")
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     for candidate in sorted(folder.glob("iteration_*"), reverse=True):
@@ -120,7 +123,7 @@ def find(path: Path) -> Path:
         if not fault:
             return candidate
         _log.warning("checkpoint %s is damaged (%s); using the one before", candidate, fault)
-    raise CheckpointError(f"resume={path}: no intact checkpoint in {folder}")
+    raise CheckpointError(f"{key}={path}: no intact checkpoint in {folder}")
 
 
 def fault_of(path: Path) -> str:

@@ -60,6 +60,8 @@ class ReplicatedEngine(Engine):
         return self._steps
 
     def prepare(self, network: nn.Module, optimizer: Optimizer | None) -> nn.Module:
+        if optimizer is None:  # evaluation: nothing to average, and accelerate would keep the network for good
+            return network
         prepared = self._accelerator.prepare(network)
         if self.world_size > 1 and not isinstance(prepared, DistributedDataParallel):
             raise RuntimeError(f"accelerate made {type(prepared).__name__} of the network, not DDP")

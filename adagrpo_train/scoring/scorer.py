@@ -16,7 +16,7 @@ from adagrpo_train.runtime.stopping import StopRequest
 from adagrpo_train.scoring.collector import Collector, Source
 from adagrpo_train.types import Images, Scores
 
-_RESERVED = ("total", "prompt", "class")
+_RESERVED = ("total", "prompt", "class", "sample")
 """Columns of an evaluation that no part may be called."""
 
 

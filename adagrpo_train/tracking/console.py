@@ -1,11 +1,13 @@
 """A progress bar with the figures that matter; plain lines where the output is not a terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -102,6 +104,18 @@ class ConsoleTracker:
     def _time_left(self) -> str:
         seconds = self._progress.tasks[self._task].time_remaining
         return f"  left {timedelta(seconds=round(seconds))}" if seconds else ""
+
+
+@contextmanager
+def counted(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar that moves on by the counts it is told; nothing where the output is not a terminal."""
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(escape(label), total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 class _Progress(Progress):

@@ -34,7 +34,7 @@ def image_grid(images: np.ndarray, captions: list[str], *, columns: int = _COLUM
     Returns:
         uint8 [height, width, 3].
     """
-    width, height = _cell_size(images)
+    width, height = cell_size(images)
     # Wide images are mostly seen scaled down.
     font_size = 11 if width < 256 else 16
     line_height, font = font_size + 3, ImageFont.load_default(size=font_size)
@@ -47,7 +47,7 @@ def image_grid(images: np.ndarray, captions: list[str], *, columns: int = _COLUM
     pen = ImageDraw.Draw(canvas)
     for number, (image, text) in enumerate(zip(images, texts, strict=True)):
         x, y = _corner(number, columns, width, height + strip)
-        canvas.paste(_resized(image, (width, height)), (x, y))
+        canvas.paste(resized(image, (width, height)), (x, y))
         pen.multiline_text((x, y + height + 3), text, fill=_TEXT, font=font, spacing=2)
     return np.asarray(canvas)
 
@@ -55,7 +55,7 @@ def image_grid(images: np.ndarray, captions: list[str], *, columns: int = _COLUM
 def save_grid(path: Path, images: np.ndarray, captions: list[str], *, labels: bool) -> None:
     """Write image_grid as a PNG that also holds the captions and the places of the images, for read_cells."""
     grid = image_grid(images, captions, labels=labels)
-    width, height = _cell_size(images)
+    width, height = cell_size(images)
     columns = min(_COLUMNS, len(images))
     rows = -(-len(images) // columns)
     pitch = (grid.shape[0] - _GAP) // rows - _GAP
@@ -88,12 +88,18 @@ def read_cells(path: Path) -> list[Cell]:
     ]
 
 
+def thumbnails(images: np.ndarray) -> list[np.ndarray]:
+    """Images uint8 [N, H, W, 3] no larger than a grid shows them: many of full size would fill the memory."""
+    size = cell_size(images)
+    return [np.asarray(resized(image, size)) if size[0] < image.shape[1] else image for image in images]
+
+
 def _corner(number: int, columns: int, width: int, height: int) -> tuple[int, int]:
     """Left and top edge of an image, pixels."""
     return _GAP + number % columns * (width + _GAP), _GAP + number // columns * (height + _GAP)
 
 
-def _cell_size(images: np.ndarray) -> tuple[int, int]:
+def cell_size(images: np.ndarray) -> tuple[int, int]:
     """Width and height of an image in the grid, pixels."""
     height, width = images.shape[1:3]
     if width > _LARGEST:
@@ -102,6 +108,6 @@ def _cell_size(images: np.ndarray) -> tuple[int, int]:
     return width * factor, height * factor
 
 
-def _resized(image: np.ndarray, size: tuple[int, int]) -> Image.Image:
+def resized(image: np.ndarray, size: tuple[int, int]) -> Image.Image:
     shrinks = size[0] < image.shape[1]
     return Image.fromarray(image).resize(size, Image.Resampling.LANCZOS if shrinks else Image.Resampling.NEAREST)

@@ -59,7 +59,7 @@ def test_a_launch_configuration_does_not_compile_the_network(monkeypatch: pytest
     AcceleratorState._reset_state(True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     network = nn.Linear(1, 1)
-    assert alone().prepare(network, None) is network
+    assert alone().prepare(network, torch.optim.SGD(network.parameters())) is network
 
 
 def test_offload_has_to_agree_and_a_file_of_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,3 +169,11 @@ def test_a_hub_out_of_reach_is_explained(
     monkeypatch.setattr(hf_api.api, "endpoint", "http://127.0.0.1:1")  # nobody listens there
     with pytest.raises(ConfigError, match=r"model\.path=someone/fine: the hub cannot be reached; `hf download"):
         tiny_model(path="someone/fine")
+
+
+def test_adapters_are_not_a_pipeline_and_the_way_to_evaluate_them_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    with pytest.raises(
+        ConfigError, match=rf"model\.path={tmp_path}: holds adapters.*adagrpo-eval resume=RUN.*fuse_lora"
+    ):
+        tiny_model(path=str(tmp_path))

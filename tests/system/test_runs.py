@@ -224,17 +224,6 @@ def test_stock_diffusers_loads_the_export_and_draws_the_same_image(
     assert np.count_nonzero(difference) < 0.01 * difference.size
 
 
-def test_evaluation_is_a_command_of_its_own(finished: Path, tmp_path: Path) -> None:
-    rewards = ["reward=[shapes,jpeg_size]", "reward.jpeg_size.role=evaluation"]
-    done = run(*rewards, f"resume={finished}", f"hydra.run.dir={tmp_path / 'eval'}", module="evaluate")
-    assert done.returncode == 0, done.stderr[-4000:]
-    last = [row for row in rows(finished) if "eval/total" in row][-1]
-    printed = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("eval/")}
-    assert printed["eval/smooth"] == pytest.approx(last["eval/smooth"], abs=1e-4)
-    assert printed["eval/jpeg_size"] < 0  # held out, and not of the run
-    assert (tmp_path / "eval/evaluation.png").is_file()
-
-
 def _exported(run_dir: Path) -> dict[str, bytes]:
     """Weights of the export as bytes, by file and name; the files themselves hold their metadata in random order."""
     files = sorted((run_dir / "export").rglob("*.safetensors"))

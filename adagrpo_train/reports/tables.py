@@ -1,0 +1,57 @@
+"""Tables of evaluations and comparisons for the console."""
+
+from rich.table import Table
+
+from adagrpo_train.reports.comparison import NOT_FOUND, Changes
+from adagrpo_train.reports.scored import ALL, Scored
+
+
+def scores_table(scored: Scored) -> Table:
+    """Mean and standard error of every score, by class of prompt."""
+    table = Table(title=f"{scored.subject}: mean +- standard error", title_justify="left", title_style="bold")
+    table.add_column("class")
+    table.add_column("n", justify="right")
+    summary = scored.summary()
+    for name in summary:
+        table.add_column(name, justify="right", no_wrap=True)
+    labels = [label for label, _ in scored.by_class()]
+    for label in [*labels[1:], ALL]:
+        cells = [rows[label] for rows in summary.values()]
+        if label == ALL and len(labels) > 1:
+            table.add_section()
+        count = max(cell["observations"] for cell in cells)
+        table.add_row(label, str(count), *(_mean(cell["mean"], cell["standard_error"]) for cell in cells))
+    return table
+
+
+def changes_table(before: Scored, after: Scored, changes: Changes) -> Table:
+    """Every score of all prompts and of each class: means, difference with interval, p-value, wins, verdict."""
+    table = Table(title=f"{before.subject}  ->  {after.subject}", title_justify="left", title_style="bold")
+    for name in ("score", "class"):
+        table.add_column(name)
+    for name in ("n", "before", "after", "difference [95 %]", "p", "wins [95 %]"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for score, rows in changes.items():
+        for label, change in rows.items():
+            paired, verdict = change.paired, change.verdict
+            table.add_row(
+                score if label == ALL else "",
+                label,
+                str(paired.images),
+                f"{paired.before:.4f}",
+                f"{paired.after:.4f}",
+                f"{paired.difference:+.4f} [{paired.low:+.4f}, {paired.high:+.4f}]",
+                f"{change.p:.2g}",
+                f"{change.wins:.0%} [{change.wins_interval.low:.0%}, {change.wins_interval.high:.0%}]",
+                verdict,
+                style="dim" if verdict == NOT_FOUND else None,
+            )
+        table.add_section()
+    return table
+
+
+def _mean(mean: float | None, error: float | None) -> str:
+    if mean is None:
+        return "none"
+    return f"{mean:.4f}" if error is None else f"{mean:.4f} +- {error:.4f}"
