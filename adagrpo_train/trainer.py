@@ -376,7 +376,8 @@ class Trainer:
         self._recorder.judged(rollout, usable, found.local, found.across, fused)
         metrics = sample_figures(rewards, parts, group, usable, found.local, fused, found.level)
         if self._tracker:
-            judged = JudgedSamples(*(values[usable] for values in (rewards, group, found.local, fused)), found.level)
+            own = (rewards[usable], group[usable], found.local[usable], fused[usable])
+            judged = JudgedSamples(*own, level=found.level)
             self._tracker.log_advantages(judged, iteration + 1)
         metrics |= choice.figures or self._scorer.follow(parts, usable)
         return found.fused, kept, metrics

@@ -8,7 +8,7 @@ here and takes its pair with it; what is left is counted in the result.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -252,4 +252,7 @@ def _paired_t(before: Float[np.ndarray, " seeds"], after: Float[np.ndarray, " se
 def _signed_rank(difference: Float[np.ndarray, " images"]) -> float:
     """Images without a difference are left out, as Wilcoxon did."""
     changed = difference[difference != 0]
-    return float(stats.wilcoxon(changed)[1]) if len(changed) else 1.0
+    if not len(changed):
+        return 1.0
+    result: Any = stats.wilcoxon(changed)
+    return float(result.pvalue)

@@ -236,7 +236,7 @@ class Subject:
         advantages, usable = torch.linspace(-1, 1, batch), torch.ones(batch, dtype=torch.bool)
 
         def step() -> dict[str, float]:
-            return self._trainer._update(batches, self._conditions, advantages, usable, next(self._iterations))
+            return self._trainer._update.make(batches, self._conditions, advantages, usable, next(self._iterations))
 
         deviation = step()["policy/rollout_deviation"]
         seconds = _seconds_of(step, self._device)
@@ -271,8 +271,8 @@ class Subject:
             return sampler._draw(
                 self._parts.policy.velocity,
                 x,
-                sampler._sigma(1, x),
-                sampler._sigma(2, x),
+                sampler.sigma(1, x),
+                sampler.sigma(2, x),
                 conditions,
                 torch.randn(x.shape, device=self._device),
                 rows,
