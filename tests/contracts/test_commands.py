@@ -11,7 +11,7 @@ from adagrpo_train.settings import read_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "scripts/torchrun.sh", "scripts/slurm.sh", "docker/trainer.Dockerfile")
-PROGRAM = re.compile(r"adagrpo-train|adagrpo-eval|-m adagrpo_train|scripts/(torchrun|slurm)\.sh")
+PROGRAM = re.compile(r"adagrpo-train|adagrpo-eval|adagrpo-check|-m adagrpo_train|scripts/(torchrun|slurm)\.sh")
 GPUS = 8  # of a machine, where a command does not say
 
 
