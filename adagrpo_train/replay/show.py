@@ -14,7 +14,7 @@ _COLUMNS = (
     ("mean |A|", "abs", ".4f"),
     ("false+", "positive", ".0%"),
     ("false-", "negative", ".0%"),
-    ("loss", "loss", ".2e"),
+    ("loss", "loss", ".1e"),
     ("clipped", "clip", ".0%"),
 )
 
@@ -50,13 +50,14 @@ def _reproduced(found: dict[str, Any]) -> str:
 
 
 def _iterations(records: Sequence[dict[str, Any]]) -> Table:
-    """Two lines per iteration: as recorded, and as replayed."""
-    table = _table("iterations, as recorded and as replayed", "", "", *(title for title, *_ in _COLUMNS), "flips")
+    """Two lines per iteration: as recorded, and as replayed; flipped signs, prompts that would have been others."""
+    table = _table("iterations, as recorded and as replayed", "", "", *(title for title, *_ in _COLUMNS), "flips", "moved")
     for record in records:
         selection, advantage = record["selection"], record["advantage"]
-        others = f"other prompts: {len(selection['only_replayed'])}"
-        table.add_row(str(record["iteration"]), "recorded", *_cells(record, "recorded"), "")
-        table.add_row("", others, *_cells(record, "replayed"), _format(advantage["sign_changes"], ".0%"))
+        moved = str(len(selection["only_replayed"]))
+        table.add_row(str(record["iteration"]), "recorded", *_cells(record, "recorded"), "", "")
+        flips = _format(advantage["sign_changes"], ".0%")
+        table.add_row("", "replayed", *_cells(record, "replayed"), flips, moved)
     return table
 
 
@@ -101,7 +102,7 @@ def _steps(steps: Sequence[tuple[int, dict[str, Any]]]) -> Table:
 
 def _table(title: str, *columns: str) -> Table:
     """A table that fits a terminal of 80 columns."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table
