@@ -15,10 +15,12 @@ from adagrpo_train.recording.record import Record, read_records
 from adagrpo_train.replay.again import Replay
 from adagrpo_train.replay.changes import changed
 from adagrpo_train.replay.run import replay
+from adagrpo_train.scoring.collector import Source
 from adagrpo_train.settings import read_settings
+from rewards.client.inproc import InprocClient
 from rewards.contract import ItemError, Sample
 from rewards.shapes.reward import ShapesReward
-from tests.support import Memory, make_trainer, use_reward
+from tests.support import Memory, make_trainer
 
 RECORDED = ["record.every=1", "record.latents=false", "optimizer.lr=1e-3", "model.num_steps=4", "evaluation.images=2"]
 RECORDED += ["evaluation.grid_images=1"]
@@ -44,7 +46,8 @@ class Pixels(ShapesReward):
 def record(*settings: str, run_dir: Path, reward: ShapesReward | None = None) -> list[Record]:
     trainer, _, _ = make_trainer(*RECORDED, *settings, run_dir=run_dir)
     if reward:
-        use_reward(trainer, reward)
+        first, *others = trainer._scorer._sources
+        trainer._scorer._sources = (Source(first.entry, InprocClient(reward, device="cpu")), *others)
     trainer.train(Memory())
     return read_records(run_dir)
 
@@ -75,12 +78,19 @@ def test_a_record_gives_advantages_and_losses_again_bit_for_bit(name: str, tmp_p
     assert float(records[1].tensors["batch.loss"].abs().sum()) > 0
 
 
-def test_samples_without_a_score_are_left_out_again(tmp_path: Path) -> None:
-    settings = [*ADAGRPO, *STEPS, "reward.shapes.max_bad_fraction=0.6", "group_size=4"]
-    records = record(*settings, "iterations=1", run_dir=tmp_path, reward=Pixels())
-    usable = records[0].tensors["sample.usable"]
+def test_samples_without_a_score_are_left_out_again_and_have_no_loss_where_they_would_count(tmp_path: Path) -> None:
+    settings = [*ADAGRPO, *STEPS, "reward=[shapes,jpeg_size]", "scoring.level=advantage", "group_size=4"]
+    settings += ["reward.shapes.max_bad_fraction=0.6", "iterations=1"]
+    (one,) = record(*settings, run_dir=tmp_path, reward=Pixels())
+    usable = one.tensors["sample.usable"]
     assert 0 < int(usable.sum()) < len(usable)
-    assert replay(tmp_path, [])["reproduced"]["exact"]
+    found = replay(tmp_path, ["reward.shapes.required=false"])
+    assert found["reproduced"]["exact"]
+    (own,) = found["records"]
+    assert own["samples_without_log_prob"] == int((~usable).sum())
+    assert own["advantage"]["usable"] == {"recorded": int(usable.sum()), "replayed": len(usable)}
+    assert any("samples count now that the run left out" in note for note in found["notes"])
+    assert all(step["transitions"]["recorded"] == step["transitions"]["replayed"] for step in own["updates"])
 
 
 @pytest.fixture(scope="module")
