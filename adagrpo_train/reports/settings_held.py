@@ -14,6 +14,7 @@ _FREE = (
     "engine",
     "checkpoint",
     "record",
+    "against",
     "health",
     "prompt_cache",
     "micro_batch",
@@ -21,10 +22,11 @@ _FREE = (
     "network.gradient_checkpointing",
     "model.decode_batch",
     "evaluation.grid_images",
+    "evaluation.samples",
     "scoring.max_skipped",
     "scoring.accept_changed_rewards",
 )
-"""Keys, or sections, that change a curve by rounding at most; the seed is what its band is for."""
+"""Keys, or sections, that change a run's curve by rounding at most; the seed is what its band is for."""
 
 _FREE_OF_REWARDS = (
     "mode",
