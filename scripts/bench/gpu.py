@@ -271,8 +271,8 @@ class Subject:
             return sampler._draw(
                 self._parts.policy.velocity,
                 x,
-                sampler._sigma(1, x),
-                sampler._sigma(2, x),
+                sampler.sigma(1, x),
+                sampler.sigma(2, x),
                 conditions,
                 torch.randn(x.shape, device=self._device),
                 rows,
