@@ -79,11 +79,19 @@ def _used_folder(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
     return [f"hydra.run.dir={folder / 'run'}"]
 
 
+def _written(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+
+
 def _another_make(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
     same = [*_reward("Versioned")(folder, patch), "iterations=1"]
     assert train.main([*TINY, *same, f"hydra.run.dir={folder / 'run'}"]) == 0
+    resumed = [*same, "iterations=2", f"resume={folder / 'run'}"]
+    before = _written(folder / "run")
+    assert check.main([*TINY, *resumed]) == 0
+    assert _written(folder / "run") == before
     patch.setattr(Versioned, "version", 2)
-    return [*same, "iterations=2", f"resume={folder / 'run'}"]
+    return resumed
 
 
 def _other_scores(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
