@@ -35,10 +35,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="checks and trainings of each case")
     parser.add_argument("--iterations", type=int, default=4, help="of each training; the first one is not counted")
     parser.add_argument("--images", type=int, default=96, help="of an evaluation")
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     options = parser.parse_args()
     print(f"{'case':<30}" + "".join(f"{name:>26}" for name in FIGURES))
-    for case, overrides in CASES.items():
+    for case, overrides in ((case, own) for case, own in CASES.items() if options.only in case):
         run = [*overrides, "tracker=local", "evaluation.every=0", "checkpoint.every=0"]
         run += [f"evaluation.images={options.images}", "evaluation.grid_images=7", "lr_schedule.anneal_iterations=0"]
         run += [f"iterations={options.iterations}"]
