@@ -32,17 +32,8 @@ def before_and_after(records: Records) -> list[Row]:
         gain, error = score.get("gain", score["after"] - score["before"]), score.get("standard_error")
         clear = error is not None and abs(gain) > 2 * error
         tone = ("good" if gain > 0 else "bad") if clear else "soft"
-        scores.append(
-            {
-                **score,
-                "name": name,
-                "gain": gain,
-                "standard_error": error,
-                "tone": tone,
-                "certain": clear,
-                "alone": alone,
-            }
-        )
+        told = {"gain": gain, "standard_error": error, "tone": tone, "certain": clear, "alone": alone}
+        scores.append({**score, "name": name} | told)
     return scores
 
 
