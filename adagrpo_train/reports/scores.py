@@ -23,6 +23,7 @@ def before_and_after(records: Records) -> list[Row]:
         first, last = evaluations[0], evaluations[-1]
         names = [name for name in parts(evaluations) if first.get(name) is not None and last.get(name) is not None]
         heldout = {name.removeprefix("eval/"): {"before": first[name], "after": last[name]} for name in names}
+    alone = not records.summary.get("heldout") and len(evaluations) == 1
     order = {"total": 0, "strict": 1, "smooth": 2}
     scores = []
     for name, score in sorted((heldout or {}).items(), key=lambda item: order.get(item[0], 3)):
@@ -31,7 +32,8 @@ def before_and_after(records: Records) -> list[Row]:
         gain, error = score.get("gain", score["after"] - score["before"]), score.get("standard_error")
         clear = error is not None and abs(gain) > 2 * error
         tone = ("good" if gain > 0 else "bad") if clear else "soft"
-        scores.append({**score, "name": name, "gain": gain, "standard_error": error, "tone": tone, "certain": clear})
+        told = {"gain": gain, "standard_error": error, "tone": tone, "certain": clear, "alone": alone}
+        scores.append({**score, "name": name} | told)
     return scores
 
 

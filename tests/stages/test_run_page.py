@@ -83,6 +83,12 @@ def test_every_evaluation_has_a_column_in_the_strip_of_a_prompt(tmp_path: Path) 
     assert "0.25&nbsp;&rarr;&nbsp;0.75" in page and "0.35&nbsp;&rarr;&nbsp;0.85" in page
 
 
+def test_a_single_evaluation_is_not_compared_with_itself(tmp_path: Path) -> None:
+    started(tmp_path).log({"eval/total": 0.625}, 0)
+    page = page_of(tmp_path)
+    assert "the only evaluation so far" in page and "&rarr;" not in page
+
+
 def test_the_interval_of_a_held_out_score_is_that_of_its_images(tmp_path: Path) -> None:
     tracker = started(tmp_path)
     (tmp_path / "evaluations").mkdir()
