@@ -139,6 +139,24 @@ def test_a_single_seed_claims_nothing(tmp_path: Path) -> None:
     assert [row[-1] for row in table["rows"]] == ["one seed says nothing about others"] * 2
 
 
+def test_a_score_that_one_run_lacks_altogether_is_no_number_anywhere(tmp_path: Path) -> None:
+    kinds = [Analysis(kind="final", scores=["total"]), Analysis(kind="curve", scores=["total", "absent"])]
+    study = _study(seeds=2, analyses=[*kinds, Analysis(kind="training", pairs=[["absent", "reward/mean"]])])
+    for run in runs(study, tmp_path):
+        _record(run, 0.5)
+        if run.arm.name == "cps-boundary":
+            path = run.folder / "evaluations" / "000004.jsonl"
+            path.write_text(re.sub(r'"total": [^}]+', '"total": null', path.read_text()))
+    results = write_results(tmp_path, study, runs(study, tmp_path))
+    scores, differences, _, change = results["tables"]
+    assert scores["rows"][3] == ["cps", "boundary", "2", "", ""]
+    assert differences["rows"][1][3:] == ["0", "", "", "", "", "nothing to compare"]
+    assert [bar["label"] for bar in results["bars"][0]["groups"]] == ["flow: boundary"]
+    assert len(results["panels"]) == 2  # of total alone
+    assert [point[0] for point in results["panels"][1]["series"][1]["points"]] == [0.0, 2.0]
+    assert not change["rows"]
+
+
 def test_equal_compute_takes_away_what_was_only_bought(tmp_path: Path) -> None:
     # boundary gains a fifth more and spends a fifth more on candidates: per iteration it is ahead, per evaluation not.
     factors = {"curriculum": _study().factors["curriculum"]}
