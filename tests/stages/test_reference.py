@@ -115,6 +115,17 @@ def test_a_bad_reference_file_is_an_error(
     assert said in capsys.readouterr().err
 
 
+def test_a_reference_without_points_that_every_run_would_pass_is_neither_made_nor_taken(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blank = [run_of(tmp_path / f"blank{seed}", [], seed=seed) for seed in range(3)]
+    with pytest.raises(ConfigError, match="nothing to make a band of"):
+        make_reference(blank, confidence=0.95, rounding=0.0)
+    reference.write_text(json.dumps(json.loads(reference.read_text()) | {"points": []}))
+    assert main(["compare", str(blank[0]), "--reference", str(reference)]) == 2
+    assert "every run would pass" in capsys.readouterr().err
+
+
 def test_the_page_of_a_run_shows_the_verdict(reference: Path, tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", [0.5, 7.0], seed=5)
     page = write_report(run, reference).read_text()
