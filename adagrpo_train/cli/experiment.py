@@ -75,6 +75,7 @@ def _study(options: argparse.Namespace) -> int:
 
     study = read_study(options.study, overrides=options.overrides, seeds=options.seeds)
     budget = runner.Budget(options.cores, options.gpus, options.processes)
+    runner.check_gpus(budget)
     folder: Path = options.out.resolve()
     everything = runs(study, folder)
     for arm in dict.fromkeys(run.arm for run in everything):
@@ -110,7 +111,7 @@ def _announce(study: "Study", everything: list["Run"], todo: list["Run"], budget
     sys.stdout.write(f"{study.question}\n{len(arms)} arms x {study.seeds} seeds, {budget.jobs} at once -> {folder}\n")
     if len(todo) < len(everything):
         sys.stdout.write(f"{len(everything) - len(todo)} of {len(everything)} runs are finished\n")
-    pace = estimate.measure(arms, budget, folder / "pilot", said=_say)
+    pace = estimate.measure(arms, budget, len(everything), folder / "pilot", said=_say)
     seconds = estimate.study_seconds(todo, pace, budget)
     most = seconds * estimate.MARGIN
     _say(

@@ -10,11 +10,11 @@ import pytest
 
 from adagrpo_train.cli.experiment import main
 from adagrpo_train.errors import ConfigError
-from adagrpo_train.experiments import ledger
+from adagrpo_train.experiments import estimate, ledger
 from adagrpo_train.experiments.analysis import analyse
-from adagrpo_train.experiments.estimate import Pace, study_seconds
+from adagrpo_train.experiments.estimate import Pace, measure, study_seconds
 from adagrpo_train.experiments.results import write_results
-from adagrpo_train.experiments.runner import Budget, locked
+from adagrpo_train.experiments.runner import Budget, Outcome, check_gpus, locked
 from adagrpo_train.experiments.study import Analysis, Run, Study, arms, built_in, read_study, runs
 from adagrpo_train.settings import read_settings
 
@@ -90,6 +90,11 @@ def test_runs_are_arms_times_seeds_with_the_settings_of_the_command_between_stud
         ("compare: model", "compare=model is no factor"),
         ("against: hardest", "against=hardest is no level"),
         ("seeds: 0", "must be >= 1"),
+        ("factors: {curriculum: {random: [], ../x: []}}", "level '../x' of curriculum names a folder"),
+        (
+            "factors: {curriculum: {random: [], random-b: []}, other: {c: [], b-c: []}}",
+            "two arms are called random-b-c",
+        ),
         ("analyses: [{kind: last}]", "choose final, curve, equal or training"),
         ("analyses: [{kind: equal, x: time}]", "choose iteration, evaluations or seconds"),
         ("analyses: [{kind: training, pairs: [[a]]}]", "two names"),
@@ -237,7 +242,39 @@ def test_the_time_of_a_study_is_that_of_its_runs_beside_each_other(tmp_path: Pat
     study = _study(overrides=["debug=smoke", "iterations=10", "evaluation.every=4"], seeds=2)
     pace = Pace(start=5.0, iteration=2.0, evaluation=1.0)
     # 10 iterations, evaluations before, after 4 and 8, and at the end.
-    assert study_seconds(runs(study, tmp_path), pace, Budget(2, 0, 1)) == 8 * (5 + 20 + 4) / 2
+    everything = runs(study, tmp_path)
+    assert study_seconds(everything, pace, Budget(2, 0, 1)) == 8 * (5 + 20 + 4) / 2
+    assert study_seconds(everything, pace, Budget(7, 0, 1)) == 2 * (5 + 20 + 4)  # the eighth begins when one has ended
+    assert study_seconds(everything, pace, Budget(64, 0, 1)) == 5 + 20 + 4
+
+
+def test_the_time_is_measured_anew_for_another_budget_with_as_many_runs_at_once_as_the_study_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def run_all(todo: list[Run], *_: Any, **__: Any) -> list[Outcome]:
+        assert not [run for run in todo if run.folder.exists()], "a pilot that was interrupted would be continued"
+        measured.append(len(todo))
+        for run in todo:
+            _record(run, 0.0)
+            (run.folder / "evaluations" / "000003.jsonl").write_text("")
+            rows = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+            (run.folder / "metrics.jsonl").write_text("".join(rows[:3]))
+        return [Outcome(run, succeeded=True, seconds=9.0) for run in todo]
+
+    monkeypatch.setattr(estimate, "run_all", run_all)
+    everyone = arms(_study())
+    for cores in (1, 6, 64, 6):
+        measure(everyone, Budget(cores, 0, 1), 20, tmp_path / "pilot", said=print)
+    assert measured == [4, 6, 20]
+
+
+def test_gpus_that_are_not_there_are_not_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    check_gpus(Budget(8, 2, 1))
+    with pytest.raises(ConfigError, match="only 2 can be seen"):
+        check_gpus(Budget(8, 4, 1))
 
 
 @pytest.mark.parametrize(
