@@ -13,6 +13,7 @@ from adagrpo_train.errors import ConfigError
 from adagrpo_train.experiments import estimate, ledger
 from adagrpo_train.experiments.analysis import analyse
 from adagrpo_train.experiments.estimate import Pace, measure, study_seconds
+from adagrpo_train.experiments.pairing import check_pairs
 from adagrpo_train.experiments.results import write_results
 from adagrpo_train.experiments.runner import Budget, Outcome, check_gpus, locked
 from adagrpo_train.experiments.study import Analysis, Run, Study, arms, built_in, read_study, runs
@@ -114,6 +115,20 @@ def test_a_study_that_makes_no_sense_is_refused(tmp_path: Path, text: str, messa
     path.write_text("\n".join(lines.values()))
     with pytest.raises(ConfigError, match=message):
         read_study(str(path), overrides=[], seeds=None)
+
+
+def test_arms_are_compared_on_the_same_images_and_by_the_same_total() -> None:
+    def check(level: list[str], *, score: str = "total") -> None:
+        levels = {"random": [], "other": level}
+        study = _study(factors={"x": levels}, compare="x", analyses=[Analysis(kind="final", scores=[score])])
+        check_pairs(study, {arm: read_settings(list(arm.overrides)).values for arm in arms(study)})
+
+    check(["group_size=4"])
+    check(["reward.shapes.weights={strict: 1.0}"], score="strict")
+    with pytest.raises(ConfigError, match=r"arms random and other have other rewards.* leave total out"):
+        check(["reward.shapes.weights={strict: 1.0}"])
+    with pytest.raises(ConfigError, match=r"differ in evaluation\.seed.* cannot be paired"):
+        check(["evaluation.seed=9"], score="strict")
 
 
 def test_a_misspelt_study_is_told_its_nearest_name() -> None:
