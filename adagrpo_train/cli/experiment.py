@@ -79,7 +79,7 @@ def _study(options: argparse.Namespace) -> int:
     runner.check_gpus(budget)
     folder: Path = options.out.resolve()
     everything = runs(study, folder)
-    values: dict["Arm", dict[str, Any]] = {}
+    values: dict[Arm, dict[str, Any]] = {}
     for arm in dict.fromkeys(run.arm for run in everything):
         try:
             values[arm] = read_settings(list(arm.overrides)).values
