@@ -203,7 +203,7 @@ def test_figures_of_training_are_compared_within_their_runs(tmp_path: Path) -> N
 
 def test_results_of_a_part_say_so_and_are_the_same_when_drawn_again(tmp_path: Path) -> None:
     study = _study(analyses=[Analysis(kind="final", scores=["total"]), Analysis(kind="curve", scores=["total"])])
-    ledger.open_study(tmp_path, study)
+    ledger.open_study(tmp_path, study, {})
     ledger.note_origin(tmp_path)
     everything = runs(study, tmp_path)
     for run in everything[:-1]:
@@ -222,13 +222,26 @@ def test_results_of_a_part_say_so_and_are_the_same_when_drawn_again(tmp_path: Pa
 
 
 def test_another_study_in_the_same_folder_is_refused_and_more_seeds_are_not(tmp_path: Path) -> None:
-    ledger.open_study(tmp_path, _study())
-    ledger.open_study(tmp_path, _study(seeds=9, analyses=[]))
+    ledger.open_study(tmp_path, _study(), {})
+    ledger.open_study(tmp_path, _study(seeds=9, analyses=[]), {})
     with pytest.raises(ConfigError, match="other overrides"):
-        ledger.open_study(tmp_path, _study(overrides=["debug=smoke", "iterations=9"]))
+        ledger.open_study(tmp_path, _study(overrides=["debug=smoke", "iterations=9"]), {})
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(ConfigError, match="damaged"):
-        ledger.open_study(tmp_path, _study())
+        ledger.open_study(tmp_path, _study(), {})
+
+
+def test_a_study_whose_prompts_have_changed_since_its_first_runs_is_refused(tmp_path: Path) -> None:
+    prompts = tmp_path / "train.txt"
+    prompts.write_text("a red circle")
+    values = read_settings([f"prompts.path={prompts}"]).values
+    (tmp_path / "out").mkdir()
+    ledger.open_study(tmp_path / "out", _study(), ledger.contents([values, values]))
+    ledger.note_origin(tmp_path / "out")
+    ledger.open_study(tmp_path / "out", _study(seeds=9), ledger.contents([values]))
+    prompts.write_text("a blue circle")
+    with pytest.raises(ConfigError, match=r"prompts\.path=.*train\.txt: its content is not what the runs"):
+        ledger.open_study(tmp_path / "out", _study(), ledger.contents([values]))
 
 
 def test_a_study_is_worked_on_by_one_process_at_a_time(tmp_path: Path) -> None:
