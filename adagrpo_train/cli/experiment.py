@@ -87,7 +87,8 @@ def _study(options: argparse.Namespace) -> int:
             raise ConfigError(f"arm {arm.name}: {error}") from error
     check_pairs(study, values)
     with runner.locked(folder):
-        ledger.open_study(folder, study, ledger.contents(values.values()))
+        # Tables are made of what is there, whatever has become of the files since.
+        ledger.open_study(folder, study, {} if options.tables else ledger.contents(values.values()))
         if options.tables:
             return _tell(folder, study, everything)
         todo = [run for run in everything if not runner.finished(run.folder)]

@@ -189,6 +189,10 @@ def test_equal_compute_takes_away_what_was_only_bought(tmp_path: Path) -> None:
     assert iteration[-1] == "higher"
     assert evaluations[-1] == "no difference found"
     assert seconds[-1] == "lower"  # twice as dear for a fifth more
+    path = runs(study, tmp_path)[0].folder / "evaluations" / "000002.jsonl"
+    path.write_text(re.sub(r'"total": [^}]+', '"total": null', path.read_text(), count=1))
+    # Where all of a run's budget is spent its last evaluation counts alone, and that lacks nothing.
+    assert [table["rows"][0][2] for table in analyse(study, runs(study, tmp_path)).tables] == ["60"] * 3
 
 
 def test_figures_of_training_are_compared_within_their_runs(tmp_path: Path) -> None:
