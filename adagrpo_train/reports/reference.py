@@ -167,12 +167,17 @@ def make_reference(run_dirs: Sequence[Path], *, confidence: float, rounding: flo
         "confidence": confidence,
         "rounding": rounding,
         "band": _band_in_words(len(seeds), len(curves[0]), confidence, rounding),
-        "hardware": dict(machine(environments[0])),
-        "versions": {name: environments[0].get(name, "unknown") for name in ("torch", "diffusers", "adagrpo-train")},
-        "commit": ", ".join(dict.fromkeys(own.get("commit", "unknown") for own in environments)),
+        "hardware": {name: _each(environments, name) for name, _ in machine(environments[0])},
+        "versions": {name: _each(environments, name) for name in ("torch", "diffusers", "adagrpo-train")},
+        "commit": _each(environments, "commit"),
         "date": datetime.now(UTC).date().isoformat(),
         "settings": held,
     }
+
+
+def _each(environments: Sequence[dict[str, Any]], name: str) -> str:
+    """What the runs say under a name; several values stand beside each other."""
+    return ", ".join(dict.fromkeys(own.get(name, "unknown") for own in environments))
 
 
 def _band_in_words(seeds: int, count: int, confidence: float, rounding: float) -> str:

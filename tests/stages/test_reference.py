@@ -54,6 +54,13 @@ def test_the_band_is_a_prediction_interval_for_one_more_seed(reference: Path) ->
     assert known["seeds"] == [0, 1, 2] and known["commit"] == "0123" and known["hardware"] == {"processor": "Abacus"}
 
 
+def test_a_reference_of_several_machines_names_them_all(runs: list[Path]) -> None:
+    (runs[2] / "environment.json").write_text('{"processor": "Slide rule", "commit": "0123", "torch": "9.8"}')
+    made = make_reference(runs, confidence=0.9, rounding=0.0)
+    assert made["hardware"] == {"processor": "Abacus, Slide rule"}
+    assert (made["commit"], made["versions"]["torch"]) == ("0123", "9.9, 9.8")
+
+
 @pytest.mark.parametrize(
     ("values", "status", "said"),
     [
