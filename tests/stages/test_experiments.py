@@ -212,9 +212,11 @@ def test_results_of_a_part_say_so_and_are_the_same_when_drawn_again(tmp_path: Pa
     everything = runs(study, tmp_path)
     for run in everything[:-1]:
         _record(run, 0.1 * run.seed)
+    (everything[3].folder / "environment.json").write_text('{"commit": "another"}')  # changed while the study went on
     first = write_results(tmp_path, study, everything)
     assert first["findings"][0] == "1 of 20 runs are not finished"
     assert first["provenance"]["runs"] == 19
+    assert first["provenance"]["commit"].endswith(", another")
     assert write_results(tmp_path, study, everything) == first
     assert json.loads((tmp_path / "results.json").read_text()) == first
     curve = first["panels"][0]["series"][0]["points"]
