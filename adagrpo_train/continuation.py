@@ -131,7 +131,7 @@ def check_continuation(settings: Settings, engine: Engine, snapshot: Snapshot) -
 
 
 def check_same_model(settings: Settings, snapshot: Snapshot) -> None:
-    """Refuse to score a checkpoint under another model, choice of trained weights, reward or scale than its own.
+    """Refuse to score a checkpoint under another model, choice or average of weights, reward or scale than its own.
 
     Rewards with role=evaluation may come and go: they change no other score.
 
@@ -139,7 +139,7 @@ def check_same_model(settings: Settings, snapshot: Snapshot) -> None:
         CheckpointError: names the differing keys.
     """
     saved, present = (
-        {name: values[name] for name in ("model", "trainable")}
+        {name: values[name] for name in ("model", "trainable", "weight_average")}  # what was evaluated and exported
         | {"reward": {name: own for name, own in values["reward"].items() if own["role"] == "train"}}
         | {"scoring": {"scale": values["scoring"]["scale"]}}
         for values in (snapshot.config, settings.values)

@@ -5,14 +5,14 @@ import os
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adagrpo_train.cli.command import quieten
 from adagrpo_train.errors import AdaGRPOError, ConfigError
 
 if TYPE_CHECKING:
     from adagrpo_train.experiments.runner import Budget, Outcome
-    from adagrpo_train.experiments.study import Run, Study
+    from adagrpo_train.experiments.study import Arm, Run, Study
 
 _DESCRIPTION = """\
 Run a study, many trainings that differ in a few settings, and say what came out of it.
@@ -70,20 +70,25 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _study(options: argparse.Namespace) -> int:
     # Imported here: it takes seconds, and --help does not need it.
     from adagrpo_train.experiments import ledger, runner
+    from adagrpo_train.experiments.pairing import check_pairs
     from adagrpo_train.experiments.study import read_study, runs
     from adagrpo_train.settings import read_settings
 
     study = read_study(options.study, overrides=options.overrides, seeds=options.seeds)
     budget = runner.Budget(options.cores, options.gpus, options.processes)
+    runner.check_gpus(budget)
     folder: Path = options.out.resolve()
     everything = runs(study, folder)
+    values: dict[Arm, dict[str, Any]] = {}
     for arm in dict.fromkeys(run.arm for run in everything):
         try:
-            read_settings(list(arm.overrides))
+            values[arm] = read_settings(list(arm.overrides)).values
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name}: {error}") from error
+    check_pairs(study, values)
     with runner.locked(folder):
-        ledger.open_study(folder, study)
+        # Tables are made of what is there, whatever has become of the files since.
+        ledger.open_study(folder, study, {} if options.tables else ledger.contents(values.values()))
         if options.tables:
             return _tell(folder, study, everything)
         todo = [run for run in everything if not runner.finished(run.folder)]
@@ -110,7 +115,7 @@ def _announce(study: "Study", everything: list["Run"], todo: list["Run"], budget
     sys.stdout.write(f"{study.question}\n{len(arms)} arms x {study.seeds} seeds, {budget.jobs} at once -> {folder}\n")
     if len(todo) < len(everything):
         sys.stdout.write(f"{len(everything) - len(todo)} of {len(everything)} runs are finished\n")
-    pace = estimate.measure(arms, budget, folder / "pilot", said=_say)
+    pace = estimate.measure(arms, budget, len(everything), folder / "pilot", said=_say)
     seconds = estimate.study_seconds(todo, pace, budget)
     most = seconds * estimate.MARGIN
     _say(

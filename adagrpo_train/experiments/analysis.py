@@ -96,11 +96,14 @@ def _curve(study: Study, analysis: Analysis, cells: list[_Cell], results: Result
     """Scores over what was spent, with the interval of the mean over seeds."""
     for cell in cells:
         for score in analysis.scores:
+            scored = {level: [own for own in records if score in own.scores] for level, records in cell.levels.items()}
             series = [
                 {"label": level, "points": _points(records, score, analysis.x)}
-                for level, records in cell.levels.items()
+                for level, records in scored.items()
                 if records
             ]
+            if not series:
+                continue  # a reward that this cell does not have
             results.panels.append(
                 {
                     "title": _titled(analysis.title or f"Held-out {score} over {_AXES[analysis.x]}", cell),
@@ -139,6 +142,8 @@ def _paired_figures(study: Study, analysis: Analysis, cells: list[_Cell], result
             if not len(records):
                 continue
             comparison = paired_comparison(before, after)
+            if not comparison.images:
+                continue  # an arm without these figures
             rows.append(
                 [
                     *_names(cells, cell, level),
@@ -189,6 +194,8 @@ def _found(comparison: Comparison, p: float) -> bool:
 
 
 def _verdict(comparison: Comparison, p: float) -> str:
+    if not comparison.images:
+        return "nothing to compare"
     if comparison.seeds < 2:
         return "one seed says nothing about others"
     if not _found(comparison, p):
@@ -200,7 +207,7 @@ def _findings(study: Study, score: str, when: str, compared: list[_Compared]) ->
     """A sentence for each comparison, and for each level how often it is ahead where there are several cells."""
     findings = []
     for level in study.factors[study.compare]:
-        own = [entry for entry in compared if entry[1] == level]
+        own = [entry for entry in compared if entry[1] == level and entry[2].images]
         if len(own) > 1:
             ahead = sum(comparison.difference > 0 for _, _, comparison, _ in own)
             p = float(stats.binomtest(ahead, len(own)).pvalue)
@@ -227,9 +234,10 @@ def _score_table(analysis: Analysis, cells: list[_Cell]) -> dict[str, Any]:
         texts = []
         for score in analysis.scores:
             own = [record for record in records if score in record.scores]
-            gains = [np.nanmean(record.last(score)) - np.nanmean(record.held_out(score, 0)) for record in own]
-            text = _mean_text([float(np.nanmean(record.last(score))) for record in own])
-            texts += [text, f"{np.mean(gains):+.3f}" if gains else ""]
+            gains = [_mean(record.last(score)) - _mean(record.held_out(score, 0)) for record in own]
+            known = [gain for gain in gains if math.isfinite(gain)]
+            texts += [_mean_text([_mean(record.last(score)) for record in own])]
+            texts += [f"{np.mean(known):+.3f}" if known else ""]
         rows.append([*_names(cells, cell, level), str(len(records)), *texts])
     columns = [text for score in analysis.scores for text in (score, "gain")]
     return {
@@ -290,6 +298,7 @@ def _difference_bars(title: str, study: Study, compared: list[_Compared]) -> dic
                 "high": _number(comparison.high),
             }
             for cell, level, comparison, _ in compared
+            if comparison.images
         ],
     }
 
@@ -299,7 +308,9 @@ def _points(records: Sequence[Record], score: str, x: str) -> list[list[float | 
     common = sorted(set.intersection(*(set(record.iterations) for record in records)))
     points = []
     for iteration in common:
-        values = np.array([np.nanmean(record.held_out(score, iteration)) for record in records])
+        values = np.array([_mean(record.held_out(score, iteration)) for record in records])
+        if not np.isfinite(values).all():
+            continue  # a run without a single score there: the mean of the others is one of other seeds
         interval = bootstrap_interval(values)
         spent = float(np.mean([record.spent(x, iteration) for record in records]))
         points.append([spent, float(values.mean()), _number(interval.low), _number(interval.high)])
@@ -333,7 +344,15 @@ def _mean_text(values: Sequence[float]) -> str:
     return f"{present.mean():.3f}{ends}"
 
 
+def _mean(scores: np.ndarray) -> float:
+    """Over what is not missing; NaN of nothing."""
+    present = scores[np.isfinite(scores)]
+    return float(present.mean()) if len(present) else math.nan
+
+
 def _difference_text(comparison: Comparison) -> str:
+    if not comparison.images:
+        return ""
     if math.isnan(comparison.low):
         return f"{comparison.difference:+.4f}"
     return f"{comparison.difference:+.4f} [{comparison.low:+.4f}, {comparison.high:+.4f}]"

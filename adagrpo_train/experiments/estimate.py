@@ -1,9 +1,11 @@
 """How long a study will take: a few of its arms are run for a moment, side by side as the study will."""
 
+import heapq
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 
 from adagrpo_train.errors import TrainingError
@@ -42,25 +44,29 @@ class Pace:
         return self.start + iterations * self.iteration + (2 + between) * self.evaluation
 
 
-def measure(arms: list[Arm], budget: Budget, folder: Path, *, said: Callable[[str], None]) -> Pace:
+def measure(arms: list[Arm], budget: Budget, runs: int, folder: Path, *, said: Callable[[str], None]) -> Pace:
     """Run a few arms for some iterations.
 
     Args:
-        folder: inside that of the study; what was measured is kept there for the next time.
+        runs: of the whole study; not more of them are beside each other.
+        folder: inside that of the study; what was measured is kept there for the next time with the same budget.
 
     Raises:
         TrainingError: one of them fails, and so would the study.
     """
-    path = folder / "pace.json"
+    path = folder / f"pace_{budget.cores}_{budget.gpus}_{budget.processes}.json"
     if path.is_file():
         return Pace(**json.loads(path.read_text(encoding="utf-8")))
     step = max(1, len(arms) // _ARMS)
     tried = arms[::step][:_ARMS]
-    tried += tried[: -len(tried) % budget.jobs]  # every core has something to do, as in the study
+    at_once = min(budget.jobs, runs)
+    tried = list(islice(cycle(tried), len(tried) + -len(tried) % at_once))  # all have something to do, as in the study
     pilots = [
         Run(Arm(arm.levels, (*arm.overrides, *_SHORT)), number, folder / f"{number}-{arm.name}")
         for number, arm in enumerate(tried)
     ]
+    for pilot in pilots:  # of a measurement that was interrupted: continued, it would count the pause
+        shutil.rmtree(pilot.folder, ignore_errors=True)
     said(f"measuring the time of {len(pilots)} short runs")
     outcomes = run_all(pilots, budget, folder=folder.parent, done=lambda _: None, keep_weights=False)
     failed = [outcome.run for outcome in outcomes if not outcome.succeeded]
@@ -86,6 +92,9 @@ def _pace(outcome: Outcome) -> Pace:
 
 
 def study_seconds(runs: list[Run], pace: Pace, budget: Budget) -> float:
-    """Seconds until all runs have ended."""
+    """Seconds until all runs have ended, each of which begins as soon as there is room for it."""
     per_arm = {arm: pace.of(read_settings([*arm.overrides])) for arm in {run.arm for run in runs}}
-    return sum(per_arm[run.arm] for run in runs) / min(budget.jobs, max(1, len(runs)))
+    ends = [0.0] * budget.jobs
+    for run in runs:
+        heapq.heapreplace(ends, ends[0] + per_arm[run.arm])
+    return max(ends)

@@ -63,6 +63,8 @@ class Record:
             return self.held_out(score, self.iterations[0])
         share = min(1.0, (budget - places[after - 1]) / (places[after] - places[after - 1]))
         earlier, later = (self.held_out(score, self.iterations[index]) for index in (after - 1, after))
+        if share == 1.0:
+            return later  # what the evaluation before it lacks does not matter
         return earlier + share * (later - earlier)
 
     def mean(self, metric: str) -> float:

@@ -10,6 +10,7 @@ from adagrpo_train.experiments.analysis import analyse
 from adagrpo_train.experiments.ledger import origins_of
 from adagrpo_train.experiments.runner import finished
 from adagrpo_train.experiments.study import Run, Study, as_values
+from adagrpo_train.reports.rows import read_json
 from adagrpo_train.reports.study_page import write_study_page, write_study_pictures
 from adagrpo_train.runtime.files import write_whole
 from adagrpo_train.tracking.records import read_rows
@@ -44,9 +45,14 @@ def write_results(folder: Path, study: Study, runs: list[Run]) -> dict[str, Any]
 
 
 def _provenance(folder: Path, done: list[Run]) -> dict[str, Any]:
-    """Where the runs come from; several origins stand beside each other."""
+    """Where the runs come from; several origins stand beside each other.
+
+    A checkout may change while a study goes on, so every run is asked for its commit besides.
+    """
     origins = origins_of(folder)
-    merged = {key: _joined([str(origin[key]) for origin in origins]) for key in ("commit", "date", "machine")}
+    merged = {key: _joined([str(origin[key]) for origin in origins]) for key in ("date", "machine")}
+    own = [str(read_json(run.folder / "environment.json").get("commit", "")) for run in done]
+    merged["commit"] = _joined([*(str(origin["commit"]) for origin in origins), *own])
     names = {name for origin in origins for name in origin["versions"]}
     versions = {name: _joined([origin["versions"].get(name, "") for origin in origins]) for name in sorted(names)}
     seconds = sum(

@@ -85,6 +85,23 @@ class Outcome:
     seconds: float
 
 
+def check_gpus(budget: Budget) -> None:
+    """Refuse a budget of GPUs that are not there: runs that find none train on the CPU and say nothing.
+
+    Raises:
+        ConfigError: says how many this process sees.
+    """
+    if budget.gpus:
+        import torch
+
+        there = torch.cuda.device_count()
+        if there < budget.gpus:
+            raise ConfigError(
+                f"--gpus {budget.gpus}: only {there} can be seen here (CUDA_VISIBLE_DEVICES="
+                f"{os.environ.get('CUDA_VISIBLE_DEVICES', '')}); lower --gpus"
+            )
+
+
 def finished(folder: Path) -> bool:
     """Whether a run has come to its last iteration."""
     return (folder / "summary.json").is_file()

@@ -1,5 +1,7 @@
 """What a study is: factors, their levels, seeds, and so its runs."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -143,6 +145,7 @@ def _check(study: Study, path: Path) -> None:
     levels = list(study.factors[study.compare])
     if study.against not in levels:
         raise ConfigError(f"{path}: against={study.against} is no level of {study.compare}: {', '.join(levels)}")
+    _check_names(study, path)
     for analysis in study.analyses:
         if analysis.kind not in ("final", "curve", "equal", "training"):
             raise ConfigError(f"{path}: kind={analysis.kind}: choose final, curve, equal or training")
@@ -150,6 +153,17 @@ def _check(study: Study, path: Path) -> None:
             raise ConfigError(f"{path}: pairs={analysis.pairs}: each needs two names of metrics")
         if analysis.x not in ("iteration", "evaluations", "seconds"):
             raise ConfigError(f"{path}: x={analysis.x}: choose iteration, evaluations or seconds")
+
+
+def _check_names(study: Study, path: Path) -> None:
+    """Levels name folders, and two arms in one folder would be taken for the same runs."""
+    for factor, levels in study.factors.items():
+        odd = [level for level in levels if not re.fullmatch(r"\w[\w.+-]*", level)]
+        if odd:
+            raise ConfigError(f"{path}: level {odd[0]!r} of {factor} names a folder; use letters, digits and _ . + -")
+    count = Counter(arm.name for arm in arms(study))
+    if max(count.values(), default=0) > 1:
+        raise ConfigError(f"{path}: two arms are called {max(count, key=lambda name: count[name])}; rename a level")
 
 
 def arms(study: Study) -> list[Arm]:

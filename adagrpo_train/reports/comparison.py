@@ -11,6 +11,7 @@ from adagrpo_train.functional.statistics import Comparison, Interval, holm, pair
 from adagrpo_train.reports.scored import ALL, Row, Scored, unit_means
 
 NOT_FOUND = "no difference found"
+NOTHING = "nothing to compare"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """higher, lower, or that no difference was found."""
+        """higher, lower, that no difference was found, or that nothing has both scores."""
+        if not self.paired.images:
+            return NOTHING
         if not (self.paired.found and self.p < self.paired.alpha):
             return NOT_FOUND
         return "higher" if self.paired.difference > 0 else "lower"

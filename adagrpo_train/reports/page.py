@@ -15,7 +15,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["breakable"] = breakable
+    environment.filters |= {"breakable": breakable, "short_commit": short_commit}
     return environment.get_template(template).render(**values)
 
 
@@ -31,7 +31,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def short_commit(commit: str | None) -> str:
-    """The first twelve digits, and what is said after them; "" of none."""
-    digits, _, rest = (commit or "").partition(" ")
-    return f"{digits[:12]} {rest}".strip()
+def short_commit(commits: str | None) -> str:
+    """The first twelve digits of each, and what is said after them; "" of none."""
+    parts = (commit.partition(" ") for commit in (commits or "").split(", "))
+    return ", ".join(f"{digits[:12]} {rest}".strip() for digits, _, rest in parts)

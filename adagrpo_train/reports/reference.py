@@ -45,7 +45,7 @@ class Point:
         """Where the run lies: inside, below, above, or not recorded."""
         if self.value is None:
             return "not recorded"
-        return "below" if self.value < self.low else "above" if self.value > self.high else "inside"
+        return "inside" if self.low <= self.value <= self.high else "below" if self.value < self.low else "above"
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ def read_reference(path: Path) -> dict[str, Any]:
     missing = [key for key in _KEYS if key not in known] if isinstance(known, dict) else list(_KEYS)
     if missing:
         raise ConfigError(f"{path}: not a reference; it lacks {', '.join(missing)}")
+    if not known["points"]:
+        raise ConfigError(f"{path}: not a reference; without a point every run would pass")
     return known
 
 
@@ -151,6 +153,8 @@ def make_reference(run_dirs: Sequence[Path], *, confidence: float, rounding: flo
     curves = [dict(points(run.evaluations, METRIC)) for run in runs]
     if any(curve.keys() != curves[0].keys() for curve in curves):
         raise ConfigError(f"the runs have {METRIC} at different iterations")
+    if not curves[0]:
+        raise ConfigError(f"no run has {METRIC} in its metrics.jsonl: there is nothing to make a band of")
     environments = [run.environment for run in runs]
     return {
         "experiment": runs[0].choices.get("experiment", "None"),
@@ -163,12 +167,17 @@ def make_reference(run_dirs: Sequence[Path], *, confidence: float, rounding: flo
         "confidence": confidence,
         "rounding": rounding,
         "band": _band_in_words(len(seeds), len(curves[0]), confidence, rounding),
-        "hardware": dict(machine(environments[0])),
-        "versions": {name: environments[0].get(name, "unknown") for name in ("torch", "diffusers", "adagrpo-train")},
-        "commit": ", ".join(dict.fromkeys(own.get("commit", "unknown") for own in environments)),
+        "hardware": {name: _each(environments, name) for name, _ in machine(environments[0])},
+        "versions": {name: _each(environments, name) for name in ("torch", "diffusers", "adagrpo-train")},
+        "commit": _each(environments, "commit"),
         "date": datetime.now(UTC).date().isoformat(),
         "settings": held,
     }
+
+
+def _each(environments: Sequence[dict[str, Any]], name: str) -> str:
+    """What the runs say under a name; several values stand beside each other."""
+    return ", ".join(dict.fromkeys(own.get(name, "unknown") for own in environments))
 
 
 def _band_in_words(seeds: int, count: int, confidence: float, rounding: float) -> str:

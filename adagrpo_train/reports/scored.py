@@ -47,11 +47,11 @@ class Scored:
     def units(self) -> np.ndarray:
         """Which images count as one observation [N] int64, numbered from 0 in their order.
 
-        The images of a prompt share its difficulty, so they are averaged where all prompts have equally many. Those of
-        training cycle through the prompts, some of which come more often: there each image is by itself.
+        The images of a prompt share its difficulty, so they are averaged, also where a file holds a prompt twice. Those
+        of training, numbered through, cycle through the prompts: where some come more often, each image is by itself.
         """
         counts = Counter(zip(self.texts, self.classes, strict=True))
-        if len(set(counts.values())) > 1:
+        if len(set(counts.values())) > 1 and self.samples == tuple(range(len(self))):
             return np.arange(len(self))
         numbers = {prompt: number for number, prompt in enumerate(counts)}
         return np.array([numbers[prompt] for prompt in zip(self.texts, self.classes, strict=True)])

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from adagrpo_train.reports.comparison import NOT_FOUND, Changes
+from adagrpo_train.reports.comparison import NOT_FOUND, NOTHING, Changes
 from adagrpo_train.reports.scored import ALL, Scored
 
 
@@ -35,6 +35,9 @@ def changes_table(before: Scored, after: Scored, changes: Changes) -> Table:
     for score, rows in changes.items():
         for label, change in rows.items():
             paired, verdict = change.paired, change.verdict
+            if verdict == NOTHING:
+                table.add_row(score if label == ALL else "", label, "0", *[""] * 5, verdict, style="dim")
+                continue
             table.add_row(
                 score if label == ALL else "",
                 label,

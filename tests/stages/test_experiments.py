@@ -10,11 +10,12 @@ import pytest
 
 from adagrpo_train.cli.experiment import main
 from adagrpo_train.errors import ConfigError
-from adagrpo_train.experiments import ledger
+from adagrpo_train.experiments import estimate, ledger
 from adagrpo_train.experiments.analysis import analyse
-from adagrpo_train.experiments.estimate import Pace, study_seconds
+from adagrpo_train.experiments.estimate import Pace, measure, study_seconds
+from adagrpo_train.experiments.pairing import check_pairs
 from adagrpo_train.experiments.results import write_results
-from adagrpo_train.experiments.runner import Budget, locked
+from adagrpo_train.experiments.runner import Budget, Outcome, check_gpus, locked
 from adagrpo_train.experiments.study import Analysis, Run, Study, arms, built_in, read_study, runs
 from adagrpo_train.settings import read_settings
 
@@ -90,6 +91,11 @@ def test_runs_are_arms_times_seeds_with_the_settings_of_the_command_between_stud
         ("compare: model", "compare=model is no factor"),
         ("against: hardest", "against=hardest is no level"),
         ("seeds: 0", "must be >= 1"),
+        ("factors: {curriculum: {random: [], ../x: []}}", "level '../x' of curriculum names a folder"),
+        (
+            "factors: {curriculum: {random: [], random-b: []}, other: {c: [], b-c: []}}",
+            "two arms are called random-b-c",
+        ),
         ("analyses: [{kind: last}]", "choose final, curve, equal or training"),
         ("analyses: [{kind: equal, x: time}]", "choose iteration, evaluations or seconds"),
         ("analyses: [{kind: training, pairs: [[a]]}]", "two names"),
@@ -109,6 +115,20 @@ def test_a_study_that_makes_no_sense_is_refused(tmp_path: Path, text: str, messa
     path.write_text("\n".join(lines.values()))
     with pytest.raises(ConfigError, match=message):
         read_study(str(path), overrides=[], seeds=None)
+
+
+def test_arms_are_compared_on_the_same_images_and_by_the_same_total() -> None:
+    def check(level: list[str], *, score: str = "total") -> None:
+        levels = {"random": [], "other": level}
+        study = _study(factors={"x": levels}, compare="x", analyses=[Analysis(kind="final", scores=[score])])
+        check_pairs(study, {arm: read_settings(list(arm.overrides)).values for arm in arms(study)})
+
+    check(["group_size=4"])
+    check(["reward.shapes.weights={strict: 1.0}"], score="strict")
+    with pytest.raises(ConfigError, match=r"arms random and other have other rewards.* leave total out"):
+        check(["reward.shapes.weights={strict: 1.0}"])
+    with pytest.raises(ConfigError, match=r"differ in evaluation\.seed.* cannot be paired"):
+        check(["evaluation.seed=9"], score="strict")
 
 
 def test_a_misspelt_study_is_told_its_nearest_name() -> None:
@@ -139,6 +159,24 @@ def test_a_single_seed_claims_nothing(tmp_path: Path) -> None:
     assert [row[-1] for row in table["rows"]] == ["one seed says nothing about others"] * 2
 
 
+def test_a_score_that_one_run_lacks_altogether_is_no_number_anywhere(tmp_path: Path) -> None:
+    kinds = [Analysis(kind="final", scores=["total"]), Analysis(kind="curve", scores=["total", "absent"])]
+    study = _study(seeds=2, analyses=[*kinds, Analysis(kind="training", pairs=[["absent", "reward/mean"]])])
+    for run in runs(study, tmp_path):
+        _record(run, 0.5)
+        if run.arm.name == "cps-boundary":
+            path = run.folder / "evaluations" / "000004.jsonl"
+            path.write_text(re.sub(r'"total": [^}]+', '"total": null', path.read_text()))
+    results = write_results(tmp_path, study, runs(study, tmp_path))
+    scores, differences, _, change = results["tables"]
+    assert scores["rows"][3] == ["cps", "boundary", "2", "", ""]
+    assert differences["rows"][1][3:] == ["0", "", "", "", "", "nothing to compare"]
+    assert [bar["label"] for bar in results["bars"][0]["groups"]] == ["flow: boundary"]
+    assert len(results["panels"]) == 2  # of total alone
+    assert [point[0] for point in results["panels"][1]["series"][1]["points"]] == [0.0, 2.0]
+    assert not change["rows"]
+
+
 def test_equal_compute_takes_away_what_was_only_bought(tmp_path: Path) -> None:
     # boundary gains a fifth more and spends a fifth more on candidates: per iteration it is ahead, per evaluation not.
     factors = {"curriculum": _study().factors["curriculum"]}
@@ -151,6 +189,10 @@ def test_equal_compute_takes_away_what_was_only_bought(tmp_path: Path) -> None:
     assert iteration[-1] == "higher"
     assert evaluations[-1] == "no difference found"
     assert seconds[-1] == "lower"  # twice as dear for a fifth more
+    path = runs(study, tmp_path)[0].folder / "evaluations" / "000002.jsonl"
+    path.write_text(re.sub(r'"total": [^}]+', '"total": null', path.read_text(), count=1))
+    # Where all of a run's budget is spent its last evaluation counts alone, and that lacks nothing.
+    assert [table["rows"][0][2] for table in analyse(study, runs(study, tmp_path)).tables] == ["60"] * 3
 
 
 def test_figures_of_training_are_compared_within_their_runs(tmp_path: Path) -> None:
@@ -165,14 +207,16 @@ def test_figures_of_training_are_compared_within_their_runs(tmp_path: Path) -> N
 
 def test_results_of_a_part_say_so_and_are_the_same_when_drawn_again(tmp_path: Path) -> None:
     study = _study(analyses=[Analysis(kind="final", scores=["total"]), Analysis(kind="curve", scores=["total"])])
-    ledger.open_study(tmp_path, study)
+    ledger.open_study(tmp_path, study, {})
     ledger.note_origin(tmp_path)
     everything = runs(study, tmp_path)
     for run in everything[:-1]:
         _record(run, 0.1 * run.seed)
+    (everything[3].folder / "environment.json").write_text('{"commit": "another"}')  # changed while the study went on
     first = write_results(tmp_path, study, everything)
     assert first["findings"][0] == "1 of 20 runs are not finished"
     assert first["provenance"]["runs"] == 19
+    assert first["provenance"]["commit"].endswith(", another")
     assert write_results(tmp_path, study, everything) == first
     assert json.loads((tmp_path / "results.json").read_text()) == first
     curve = first["panels"][0]["series"][0]["points"]
@@ -184,13 +228,26 @@ def test_results_of_a_part_say_so_and_are_the_same_when_drawn_again(tmp_path: Pa
 
 
 def test_another_study_in_the_same_folder_is_refused_and_more_seeds_are_not(tmp_path: Path) -> None:
-    ledger.open_study(tmp_path, _study())
-    ledger.open_study(tmp_path, _study(seeds=9, analyses=[]))
+    ledger.open_study(tmp_path, _study(), {})
+    ledger.open_study(tmp_path, _study(seeds=9, analyses=[]), {})
     with pytest.raises(ConfigError, match="other overrides"):
-        ledger.open_study(tmp_path, _study(overrides=["debug=smoke", "iterations=9"]))
+        ledger.open_study(tmp_path, _study(overrides=["debug=smoke", "iterations=9"]), {})
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(ConfigError, match="damaged"):
-        ledger.open_study(tmp_path, _study())
+        ledger.open_study(tmp_path, _study(), {})
+
+
+def test_a_study_whose_prompts_have_changed_since_its_first_runs_is_refused(tmp_path: Path) -> None:
+    prompts = tmp_path / "train.txt"
+    prompts.write_text("a red circle")
+    values = read_settings([f"prompts.path={prompts}"]).values
+    (tmp_path / "out").mkdir()
+    ledger.open_study(tmp_path / "out", _study(), ledger.contents([values, values]))
+    ledger.note_origin(tmp_path / "out")
+    ledger.open_study(tmp_path / "out", _study(seeds=9), ledger.contents([values]))
+    prompts.write_text("a blue circle")
+    with pytest.raises(ConfigError, match=r"prompts\.path=.*train\.txt: its content is not what the runs"):
+        ledger.open_study(tmp_path / "out", _study(), ledger.contents([values]))
 
 
 def test_a_study_is_worked_on_by_one_process_at_a_time(tmp_path: Path) -> None:
@@ -219,7 +276,39 @@ def test_the_time_of_a_study_is_that_of_its_runs_beside_each_other(tmp_path: Pat
     study = _study(overrides=["debug=smoke", "iterations=10", "evaluation.every=4"], seeds=2)
     pace = Pace(start=5.0, iteration=2.0, evaluation=1.0)
     # 10 iterations, evaluations before, after 4 and 8, and at the end.
-    assert study_seconds(runs(study, tmp_path), pace, Budget(2, 0, 1)) == 8 * (5 + 20 + 4) / 2
+    everything = runs(study, tmp_path)
+    assert study_seconds(everything, pace, Budget(2, 0, 1)) == 8 * (5 + 20 + 4) / 2
+    assert study_seconds(everything, pace, Budget(7, 0, 1)) == 2 * (5 + 20 + 4)  # the eighth begins when one has ended
+    assert study_seconds(everything, pace, Budget(64, 0, 1)) == 5 + 20 + 4
+
+
+def test_the_time_is_measured_anew_for_another_budget_with_as_many_runs_at_once_as_the_study_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def run_all(todo: list[Run], *_: Any, **__: Any) -> list[Outcome]:
+        assert not [run for run in todo if run.folder.exists()], "a pilot that was interrupted would be continued"
+        measured.append(len(todo))
+        for run in todo:
+            _record(run, 0.0)
+            (run.folder / "evaluations" / "000003.jsonl").write_text("")
+            rows = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+            (run.folder / "metrics.jsonl").write_text("".join(rows[:3]))
+        return [Outcome(run, succeeded=True, seconds=9.0) for run in todo]
+
+    monkeypatch.setattr(estimate, "run_all", run_all)
+    everyone = arms(_study())
+    for cores in (1, 6, 64, 6):
+        measure(everyone, Budget(cores, 0, 1), 20, tmp_path / "pilot", said=print)
+    assert measured == [4, 6, 20]
+
+
+def test_gpus_that_are_not_there_are_not_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    check_gpus(Budget(8, 2, 1))
+    with pytest.raises(ConfigError, match="only 2 can be seen"):
+        check_gpus(Budget(8, 4, 1))
 
 
 @pytest.mark.parametrize(

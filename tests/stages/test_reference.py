@@ -54,6 +54,13 @@ def test_the_band_is_a_prediction_interval_for_one_more_seed(reference: Path) ->
     assert known["seeds"] == [0, 1, 2] and known["commit"] == "0123" and known["hardware"] == {"processor": "Abacus"}
 
 
+def test_a_reference_of_several_machines_names_them_all(runs: list[Path]) -> None:
+    (runs[2] / "environment.json").write_text('{"processor": "Slide rule", "commit": "0123", "torch": "9.8"}')
+    made = make_reference(runs, confidence=0.9, rounding=0.0)
+    assert made["hardware"] == {"processor": "Abacus, Slide rule"}
+    assert (made["commit"], made["versions"]["torch"]) == ("0123", "9.9, 9.8")
+
+
 @pytest.mark.parametrize(
     ("values", "status", "said"),
     [
@@ -113,6 +120,17 @@ def test_a_bad_reference_file_is_an_error(
         (tmp_path / "bad.json").write_text(content)
     assert main(["compare", str(run), "--reference", str(tmp_path / "bad.json")]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_reference_without_points_that_every_run_would_pass_is_neither_made_nor_taken(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blank = [run_of(tmp_path / f"blank{seed}", [], seed=seed) for seed in range(3)]
+    with pytest.raises(ConfigError, match="nothing to make a band of"):
+        make_reference(blank, confidence=0.95, rounding=0.0)
+    reference.write_text(json.dumps(json.loads(reference.read_text()) | {"points": []}))
+    assert main(["compare", str(blank[0]), "--reference", str(reference)]) == 2
+    assert "every run would pass" in capsys.readouterr().err
 
 
 def test_the_page_of_a_run_shows_the_verdict(reference: Path, tmp_path: Path) -> None:

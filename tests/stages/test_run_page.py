@@ -49,6 +49,19 @@ def test_the_strip_of_candidates_says_how_far_from_the_level_the_choice_was(tmp_
     assert [(kind, drawn.count("M")) for kind, drawn in dots] == [("haze", 2), ("cloud", 2)] * 2  # in two sizes
 
 
+def test_nothing_that_a_run_recorded_is_taken_for_html(tmp_path: Path) -> None:
+    evil = "\"><script>x</script><img src=x onerror='x'>"
+    tracker = started(tmp_path, model=evil)
+    tracker.log_prompts([SelectedPrompt(1, evil, evil, 0.6, 0.5, chosen=True)], 1)
+    tracker.log_images("heldout", IMAGES, [evil, evil], 0)
+    tracker.log({f"eval/{evil}/total": 0.5, "eval/total": 0.5, f"eval/{evil}": 0.5}, 0)
+    tracker.log({"reward/mean": 0.5, f"reward/{evil}/mean": 0.5, f"health/{evil}": 1.0}, 1)
+    tracker.alert(evil, evil, 1)
+    page = page_of(tmp_path)
+    assert "<script" not in page and "onerror='x'" not in page
+    assert page.count("&lt;script&gt;") > 10
+
+
 def test_a_map_colours_the_samples_whose_sign_changed(tmp_path: Path) -> None:
     tracker = started(tmp_path)
     tracker.log_advantages(judged([1.5, -1.5, -0.25, 0.25]), 1)

@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from adagrpo_train.errors import ConfigError
-from adagrpo_train.reports.comparison import NOT_FOUND, compare, largest
+from adagrpo_train.reports.comparison import NOT_FOUND, NOTHING, compare, largest
 from adagrpo_train.reports.evaluation import Pictured, read_evaluation, save_comparison, save_evaluation
 from adagrpo_train.reports.pairs import Pair, Section, side_by_side
 from adagrpo_train.reports.scored import ALL, Scored, read_scored, unit_means
@@ -47,6 +47,11 @@ def test_images_of_training_some_of_whose_prompts_come_again_are_observations_ea
     own = replace(_scored({"total": [1.0, 2.0, 6.0]}), texts=("p0", "p1", "p0"), samples=(0, 1, 2))
     assert own.units.tolist() == [0, 1, 2]
     assert own.summary()["total"][ALL]["mean"] == pytest.approx(3.0)
+
+
+def test_a_prompt_that_a_file_holds_twice_is_one_observation_with_all_its_images():
+    own = replace(_scored({"total": [0.0] * 6}, samples=2), texts=("p0", "p0", "p1", "p1", "p0", "p0"))
+    assert own.units.tolist() == [0, 0, 1, 1, 0, 0]
 
 
 def test_a_unit_without_any_score_has_none():
@@ -103,6 +108,15 @@ def test_among_many_classes_one_small_p_is_corrected():
     assert first.p > 0.05
     assert first.verdict == NOT_FOUND
     assert changes["total"][ALL].p == changes["total"][ALL].paired.p_images
+
+
+def test_a_class_without_any_pair_of_scores_has_no_figures_and_no_verdict():
+    before, after = (_scored({"total": [0.0, 1.0, value]}, classes="aab") for value in (math.nan, 1.0))
+    changes = compare(before, after)
+    assert changes["total"]["b"].verdict == NOTHING
+    written = io.StringIO()
+    Console(width=180, file=written).print(changes_table(before, after, changes))
+    assert "nan" not in written.getvalue()
 
 
 def test_a_clear_change_is_higher_one_way_and_lower_the_other():

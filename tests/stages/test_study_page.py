@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from adagrpo_train.cli.report import main
+from adagrpo_train.reports.page import short_commit
 from adagrpo_train.reports.page_table import Table
 from adagrpo_train.reports.study_page import panel_chart, write_study_page
 
@@ -53,6 +54,12 @@ RESULTS: dict[str, Any] = {
 
 def page_of(results: dict[str, Any], folder: Path) -> str:
     return write_study_page(results, folder / "report.html").read_text()
+
+
+def test_every_commit_of_several_is_shortened() -> None:
+    long = "0123456789abcdef"
+    assert short_commit(f"{long} with changes, {long[::-1]}") == "0123456789ab with changes, fedcba987654"
+    assert short_commit(None) == ""
 
 
 def test_the_page_is_complete_in_itself_and_every_picture_has_words(tmp_path: Path) -> None:

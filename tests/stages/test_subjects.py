@@ -91,6 +91,13 @@ def test_a_run_whose_images_cannot_be_paired_or_whose_model_is_gone_is_refused()
         continuation.with_weights_of(settings, _snapshot(inputs={"model.path": "other"}), key="against")
 
 
+def test_the_average_of_the_weights_that_a_run_was_evaluated_with_is_that_of_its_evaluation() -> None:
+    inputs = {"model.path": fingerprint(MID)}
+    continuation.check_same_model(_settings(resume="run"), _snapshot(inputs=inputs))
+    with pytest.raises(CheckpointError, match=r"weight_average\.decay: 0\.9 -> 0\.0"):
+        continuation.check_same_model(_settings(weight_average={"decay": 0.0}), _snapshot(inputs=inputs))
+
+
 def test_training_refuses_what_only_an_evaluation_takes() -> None:
     continuation.check_trains(_settings())
     with pytest.raises(ConfigError, match=r"against=base: training compares with nothing"):

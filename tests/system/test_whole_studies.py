@@ -46,7 +46,7 @@ def test_a_study_that_is_killed_half_way_goes_on_and_gives_the_same_tables(tmp_p
     path.write_text(STUDY)
     study = read_study(str(path), overrides=[], seeds=None)
     (out / "pilot").mkdir(parents=True)
-    (out / "pilot" / "pace.json").write_text('{"start": 5.0, "iteration": 0.2, "evaluation": 0.1}')
+    (out / "pilot" / "pace_1_0_1.json").write_text('{"start": 5.0, "iteration": 0.2, "evaluation": 0.1}')
     begun = _begin(path, out)
     first, second = (run.folder for run in runs(study, out))
     wait_for(lambda: begun.poll() is not None or any((second / "checkpoints").glob("iteration_*")))
