@@ -117,7 +117,7 @@ def test_network_evaluations_are_those_of_the_trainer(overrides: list[str], tmp_
         sampler=parts.sampler,
         curriculum=trainer._curriculum,
         schedule=trainer._schedule,
-        visits=trainer._visits,
+        visits=trainer._update._visits,
         evaluations_per_state=1,
         processes=1,
     )
