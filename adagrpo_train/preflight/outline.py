@@ -48,7 +48,7 @@ class Outline:
         self._settings, self.processes = settings, processes
         self.model: Any = build.make(values["model"], "model", device=META)
         choices = build.make_choices(values)
-        curriculum = build.make(values["curriculum"], "curriculum")
+        curriculum = choices.curriculum
         sampler = build.make_sampler(settings, self.model, META)
         check_batches(batches_of_each(curriculum, sampler, processes), choices.visits, processes)
         trainable = build.make(values["trainable"], "trainable")

@@ -110,7 +110,7 @@ class Preflight:
 
     def _rewards_alone(self, scratch: Path) -> str:
         values = _for_checks(self._settings, scratch).values
-        entries = [build.make_entry(name, section) for name, section in values["reward"].items()]
+        entries = build.make_entries(values)
         with closing(Rewards(entries, engine=self._engine, log_dir=scratch / "rewards")) as rewards:
             return "\n".join(f"{source.entry.name}: {source.client.fingerprint}" for source in rewards.sources)
 
@@ -119,7 +119,7 @@ class Preflight:
         counts = count(
             settings.values,
             sampler=parts.sampler,
-            curriculum=run.curriculum,
+            curriculum=run.choices.curriculum,
             schedule=run.choices.schedule,
             visits=run.choices.visits,
             evaluations_per_state=parts.model.evaluations_per_velocity,
@@ -224,8 +224,7 @@ def _outlined(findings: Findings, settings: Settings, *, processes: int) -> Outl
 
 def _names(settings: Settings) -> str:
     groups = ("model", "algorithm", "curriculum", "advantage", "trainable", "engine")
-    for name, section in settings.values["reward"].items():
-        build.make_entry(name, section)
+    build.make_entries(settings.values)
     return "-".join(settings.choices[group] for group in groups)
 
 
