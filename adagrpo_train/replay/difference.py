@@ -40,15 +40,16 @@ def reproduced(before: Outcome, after: Outcome) -> dict[str, Any]:
     """How far a replay under the record's own configuration is from what was recorded.
 
     Returns:
-        "exact", and the largest distances of advantages and losses.
+        "choice": whether prompts, levels and the samples that count are the same; "exact": whether all else is, too;
+        and the largest distances of advantages and losses, of those that both have.
     """
+    names = ("total", "local", "across", "fused", "losses", "clipped")
+    pairs = {name: (getattr(before, name), getattr(after, name)) for name in names}
     same = (before.rows, before.levels) == (after.rows, after.levels) and torch.equal(before.usable, after.usable)
-    found: dict[str, Any] = {"exact": same}
-    for name in ("total", "local", "across", "fused", "losses", "clipped"):
-        ours, theirs = getattr(before, name), getattr(after, name)
-        found["exact"] &= bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
-        found[name] = _number((ours - theirs).nan_to_num().abs().max())
-    return found
+    same &= all(torch.equal(ours.isnan(), theirs.isnan()) for ours, theirs in pairs.values())
+    exact = same and all(torch.equal(ours.nan_to_num(), theirs.nan_to_num()) for ours, theirs in pairs.values())
+    apart = {name: _number((ours - theirs).nan_to_num().abs().max()) for name, (ours, theirs) in pairs.items()}
+    return {"exact": exact, "choice": same, **apart}
 
 
 def _selection(record: Record, before: Outcome, after: Outcome) -> dict[str, Any]:
