@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -66,12 +66,14 @@ class Preflight:
                 self._findings.check("checkpoint", self._open_snapshot)
             self._findings.check("folder", self._find_folder, needs=["checkpoint"])
             self._findings.check("tracker", self._trackers)
-            self._findings.check("parts", lambda: self._assemble(Path(scratch)))
-            if self._run is None:
-                self._without_parts(Path(scratch))
-            else:
-                with closing(self._run.parts.rewards):
+            whole = self._findings.check("parts", lambda: self._assemble(Path(scratch)))
+            with ExitStack() as stack:
+                if self._run is not None:
+                    stack.callback(self._run.parts.rewards.close)
+                if self._run is not None and whole:  # on every rank, not on this one alone
                     self._with_parts(self._run)
+                else:
+                    self._without_parts(Path(scratch))
         self._findings.conclude()
 
     def _open_snapshot(self) -> str:
@@ -244,7 +246,7 @@ def _prompts(settings: Settings) -> str:
 
 def _counted(counts: Counts, settings: Settings) -> str:
     entries = settings.values["reward"].items()
-    return plan.counted(counts, [name for name, entry in entries if entry.get("role", "train") == "train"])
+    return plan.counted(counts, {name: entry.get("role", "train") == "train" for name, entry in entries})
 
 
 def _for_checks(settings: Settings, scratch: Path) -> Settings:

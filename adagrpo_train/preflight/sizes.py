@@ -34,8 +34,7 @@ class Written:
     export: int
 
     def needed(self, keep: int) -> int:
-        """What a run needs at its fullest: the checkpoints it keeps, one being written beside them and one that is not
-        yet dropped, and the export."""
+        """What a run needs at its fullest: the newest checkpoints, the best one, one being written, and the export."""
         return (keep + 2) * self.checkpoint + self.export
 
 
