@@ -65,6 +65,7 @@ def stored(written: Written, *, keep: int) -> str:
         {
             "checkpoint": f"{size(written.checkpoint)}, of which the newest {keep} and the best are kept",
             "export": size(written.export),
+            **({"records": f"{size(written.records)}, latents and images"} if written.records else {}),
             "together": f"{size(written.needed(keep))} at most",
         }
     )

@@ -132,7 +132,7 @@ class Preflight:
         if self._snapshot is not None:
             findings.check("state", lambda: self._restore(run), needs=["checkpoint", "reward identity"])
         prompts = checks.draw_prompts()
-        written = sizes.written(settings.values, parts.model, parts.policy.trained_sizes)
+        written = sizes.written(settings.values, parts.model, parts.policy.trained_sizes, counts)
         findings.check("disk", lambda: self._disk(written))
         fits = partial(_in_memory, settings)
         findings.check("memory", fits(lambda: self._prepare(run, prompts)))
@@ -166,18 +166,19 @@ class Preflight:
         return f"all parts are in memory; gradient checkpointing is {checkpointing}"
 
     def _disk(self, written: sizes.Written) -> str:
-        """Room for the checkpoints and the export, where the run's folder will be."""
+        """Room for checkpoints, export and records, where the run's folder will be."""
         keep = self._settings.values["checkpoint"]["keep"]
         needed, folder = written.needed(keep), self._run_dir.resolve()
         place = next(parent for parent in (folder, *folder.parents) if parent.exists())
         free = shutil.disk_usage(place).free
         if free < needed:
             raise PreflightError(
-                f"hydra.run.dir={self._run_dir}: {size(free)} are free there, checkpoints and export take "
-                f"{size(needed)} (each checkpoint {size(written.checkpoint)}); set hydra.run.dir to another disk, or "
-                "lower checkpoint.keep"
+                f"hydra.run.dir={self._run_dir}: {size(free)} are free there, checkpoints, export and records "
+                f"take {size(needed)} (each checkpoint {size(written.checkpoint)}, all records "
+                f"{size(written.records)}); set hydra.run.dir to another disk, lower checkpoint.keep, or raise "
+                "record.every"
             )
-        return f"{size(free)} are free at {place}, checkpoints and export take {size(needed)} at most"
+        return f"{size(free)} are free at {place}, checkpoints, export and records take {size(needed)} at most"
 
     def _measure(self, run: Assembly, batch: Batch, counts: Counts) -> str:
         measurement = Measurement(run, self._engine, batch, counts)

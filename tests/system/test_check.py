@@ -157,7 +157,7 @@ FAULTS = {
     "a metric that the reward lacks": Planted(
         ["reward.shapes.weights={smoth: 1.0}"], "reward.shapes.weights.smoth=1.0: the reward has the metrics", "parts"
     ),
-    "a full disk": Planted([], "1.0 MB are free there, checkpoints and export take", "disk", _full_disk),
+    "a full disk": Planted([], "1.0 MB are free there, checkpoints, export and records take", "disk", _full_disk),
     "a folder with a run": Planted([], "already holds a run; continue it with resume=", "folder", _used_folder),
 }
 
