@@ -1,6 +1,7 @@
 """What a record holds, that it is what happened, and that it changes nothing."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def test_a_record_is_what_happened(tmp_path: Path) -> None:
     assert torch.equal(tensors["batch.loss"], torch.stack(seen["losses"]))
     assert tensors["batch.update"].tolist() == [0, 0, 1, 1]
     assert record.head["metrics"]["policy/loss"] == row["policy/loss"]
+    assert record.head["versions"]["torch"] == version("torch")
     assert row["policy/loss"] == pytest.approx(float(tensors["batch.loss"].double().mean()))
     assert [prompt.chosen for prompt in memory.prompts[0]] == [n in record.head["selection"]["rows"] for n in range(4)]
     assert [prompt.score for prompt in memory.prompts[0]] == tensors["candidate.total"].tolist()
