@@ -1,5 +1,6 @@
 """All checks of a run in their order, and its plan."""
 
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -83,6 +84,7 @@ class Preflight:
         return f"goes on from iteration {self._snapshot.iteration} under the same settings"
 
     def _find_folder(self) -> str:
+        continuation.check_trains(self._settings)
         self._run_dir = continuation.find_run_dir(self._settings, self._engine, self._snapshot)
         return f"{self._run_dir}"
 
@@ -170,6 +172,10 @@ class Preflight:
         keep = self._settings.values["checkpoint"]["keep"]
         needed, folder = written.needed(keep), self._run_dir.resolve()
         place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PreflightError(
+                f"hydra.run.dir={self._run_dir}: no file can be written there, {place} belongs to others; name another"
+            )
         free = shutil.disk_usage(place).free
         if free < needed:
             raise PreflightError(
@@ -198,7 +204,7 @@ def plan_only(settings: Settings, write: Write, *, processes: int, tflops: float
         PreflightError: a check failed.
     """
     findings = Findings(None, write)
-    findings.check("settings", lambda: _names(settings))
+    findings.check("settings", lambda: continuation.check_trains(settings) or _names(settings))
     findings.check("prompts", lambda: _prompts(settings))
     outline = _outlined(findings, settings, processes=processes)
     if outline:
