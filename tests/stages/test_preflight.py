@@ -104,7 +104,7 @@ def test_state_of_an_optimizer_is_measured_on_small_tensors() -> None:
     "overrides",
     [
         ["adagrpo=on", "curriculum.candidates=4", "plan=branch"],
-        ["plan=branch", "algorithm.objective.kl_weight=0.1"],
+        ["plan=branch", "algorithm.objective.kl_weight=0.1", "model.guidance_scale=2.0"],
         ["updates_per_iteration=4", "inner_epochs=2", "micro_batch=2", "update_micro_batch=1"],
         ["updates_per_iteration=3", "micro_batch=3", "update_micro_batch=1", "plan=window"],
     ],
@@ -118,7 +118,7 @@ def test_network_evaluations_are_those_of_the_trainer(overrides: list[str], tmp_
         curriculum=trainer._curriculum,
         schedule=trainer._schedule,
         visits=trainer._update._visits,
-        evaluations_per_state=1,
+        evaluations_per_state=parts.model.evaluations_per_velocity,
         processes=1,
     )
     metrics = trainer._train_once(0)
