@@ -320,10 +320,10 @@ def make_tracker(settings: Settings, run_dir: Path, snapshot: Snapshot | None) -
 
 def make_entries(values: dict[str, Any]) -> list[RewardEntry]:
     """What a resolved configuration says of each reward."""
-    return [_entry(name, section) for name, section in values["reward"].items()]
+    return [make_entry(name, section) for name, section in values["reward"].items()]
 
 
-def _entry(name: str, section: dict[str, Any]) -> RewardEntry:
+def make_entry(name: str, section: dict[str, Any]) -> RewardEntry:
     if "_target_" not in section:
         raise ConfigError(f"reward.{name}: has settings but is not chosen; add {name} to reward=[...]")
     return make(section, f"reward.{name}", name=name)

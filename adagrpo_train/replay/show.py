@@ -53,8 +53,8 @@ def _reproduced(found: dict[str, Any]) -> str:
 
 def _iterations(records: Sequence[dict[str, Any]]) -> Table:
     """Two lines per iteration: as recorded, and as replayed; flipped signs, prompts that would have been others."""
-    titles = (title for title, *_ in _COLUMNS)
-    table = _table("iterations, as recorded and as replayed", "", "", *titles, "flips", "moved")
+    titles = ("", "", *(title for title, *_ in _COLUMNS), "flips", "moved")
+    table = _table("iterations, as recorded and as replayed", *titles)
     for record in records:
         selection, advantage = record["selection"], record["advantage"]
         moved = str(len(selection["only_replayed"]))
