@@ -39,16 +39,6 @@ from adagrpo_train.update import PolicyUpdate
 
 
 @dataclass(frozen=True)
-class Methods:
-    """The choices of method that need neither a model nor other processes."""
-
-    curriculum: Curriculum
-    advantage: Advantage
-    objective: Objective
-    rewards: list[RewardEntry]
-
-
-@dataclass(frozen=True)
 class Scoring:
     """The rewards of a run: several networks may be scored by the same."""
 
@@ -75,8 +65,9 @@ class Parts:
 
 @dataclass(frozen=True)
 class Choices:
-    """Parts of a trainer that need no model."""
+    """Parts of a run that need neither a model nor other processes."""
 
+    curriculum: Curriculum
     advantage: Advantage
     objective: Objective
     schedule: Schedule
@@ -90,7 +81,6 @@ class Assembly:
     trainer: Trainer
     parts: Parts
     prompts: PromptFile
-    curriculum: Curriculum
     choices: Choices
 
 
@@ -99,20 +89,10 @@ def make_engine(settings: Settings) -> Engine:
     return make(settings.values["engine"], "engine")
 
 
-def make_methods(values: dict[str, Any]) -> Methods:
-    """The methods of a resolved configuration, fresh: without a past."""
-    return Methods(
-        curriculum=make(values["curriculum"], "curriculum"),
-        advantage=make(values["advantage"], "advantage"),
-        objective=make(values["algorithm"]["objective"], "algorithm.objective"),
-        rewards=_entries(values),
-    )
-
-
 def make_scoring(settings: Settings, engine: Engine, run_dir: Path) -> Scoring:
     """Rewards that are ready, and the scorer that asks them."""
     values = settings.values
-    rewards, stop = Rewards(_entries(values), engine=engine, log_dir=run_dir / "rewards"), StopRequest()
+    rewards, stop = Rewards(make_entries(values), engine=engine, log_dir=run_dir / "rewards"), StopRequest()
     try:
         scorer = Scorer(
             rewards.sources,
@@ -138,7 +118,7 @@ def make_parts(
         scoring: rewards that are ready already.
     """
     values = settings.values
-    _entries(values)  # like prompt files, before the model is loaded
+    make_entries(values)  # like prompt files, before the model is loaded
     # Prompt files are read before the model is loaded: a wrong path should not cost a minute.
     heldout = read_prompts(Path(values["prompts"]["evaluation_path"]), key="prompts.evaluation_path")
     model = make(values["model"], "model", device=engine.device)
@@ -204,7 +184,7 @@ def make_trainer(settings: Settings, engine: Engine, run_dir: Path, snapshot: Sn
             check_same_rewards(settings, parts.scorer, snapshot)
             trainer.restore(snapshot)
         done = snapshot.iteration if snapshot else 0
-        drawn = _upcoming(run.prompts, run.curriculum.candidates, settings.values["iterations"] - done)
+        drawn = _upcoming(run.prompts, run.choices.curriculum.candidates, settings.values["iterations"] - done)
         prepare(settings, engine, parts, chain(parts.evaluator.texts, drawn))
     except BaseException:
         parts.rewards.close()
@@ -222,19 +202,18 @@ def assemble(settings: Settings, engine: Engine, run_dir: Path) -> Assembly:
     if values["health"]["stop"] and not values["evaluation"]["every"]:
         raise ConfigError("health.stop=true: an alarm needs evaluations during training; set evaluation.every > 0")
     prompts = PromptFile(path=values["prompts"]["path"], seed=values["seed"])
-    curriculum = make(values["curriculum"], "curriculum")
-    if curriculum.candidates > len(prompts):
-        raise ConfigError(
-            f"curriculum.candidates={curriculum.candidates}: prompts.path holds only {len(prompts)} prompts"
-        )
     choices = make_choices(values)
+    if choices.curriculum.candidates > len(prompts):
+        raise ConfigError(
+            f"curriculum.candidates={choices.curriculum.candidates}: prompts.path holds only {len(prompts)} prompts"
+        )
     parts = make_parts(settings, engine, run_dir, training=True)
     assert parts.optimizer is not None
     inputs = inputs_of(settings)
     try:
         trainer = Trainer(
             prompts=prompts,
-            curriculum=curriculum,
+            curriculum=choices.curriculum,
             advantage=choices.advantage,
             schedule=choices.schedule,
             sampler=parts.sampler,
@@ -263,7 +242,7 @@ def assemble(settings: Settings, engine: Engine, run_dir: Path) -> Assembly:
     except BaseException:
         parts.rewards.close()
         raise
-    return Assembly(trainer, parts, prompts, curriculum, choices)
+    return Assembly(trainer, parts, prompts, choices)
 
 
 def prepare(settings: Settings, engine: Engine, parts: Parts, texts: Iterable[str]) -> None:
@@ -278,8 +257,9 @@ def prepare(settings: Settings, engine: Engine, parts: Parts, texts: Iterable[st
 
 
 def make_choices(values: dict[str, Any]) -> Choices:
-    """Parts of a trainer that need no model: mistakes in them are found before one is loaded."""
+    """The choices of a resolved configuration, without a past. Mistakes in them are found before a model is loaded."""
     return Choices(
+        curriculum=make(values["curriculum"], "curriculum"),
         advantage=make(values["advantage"], "advantage"),
         objective=make(values["algorithm"]["objective"], "algorithm.objective"),
         schedule=Schedule(
@@ -338,7 +318,8 @@ def make_tracker(settings: Settings, run_dir: Path, snapshot: Snapshot | None) -
     return tracker
 
 
-def _entries(values: dict[str, Any]) -> list[RewardEntry]:
+def make_entries(values: dict[str, Any]) -> list[RewardEntry]:
+    """What a resolved configuration says of each reward."""
     return [make_entry(name, section) for name, section in values["reward"].items()]
 
 

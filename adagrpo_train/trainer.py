@@ -427,8 +427,9 @@ class Trainer:
             self._tracker.log(evaluation.metrics() | verdict.metrics | traffic, iteration)
             captions = list(evaluation.prompts.texts[: len(evaluation.grid)])
             self._tracker.log_images("heldout", evaluation.grid, captions, iteration)
+            for alert in verdict.alerts:
+                self._tracker.alert(alert.title, alert.text, iteration)
             evaluation.save(self._scores_file(iteration))  # last: where it lies, the evaluation was recorded
-        self._warn(verdict, iteration)
         return verdict
 
     def _judge(self, iteration: int, scores: dict[str, list[float]]) -> Verdict:
@@ -436,16 +437,9 @@ class Trainer:
         return self._engine.broadcast(self._health.evaluated(iteration, scores))
 
     def _judge_recorded(self, iteration: int) -> Verdict:
-        """The same from the record of an evaluation."""
+        """The same from the record of an evaluation, whose warnings were given then."""
         scores = read_scores(self._scores_file(iteration)) if self._engine.is_main else {}
-        verdict = self._judge(iteration, self._engine.broadcast(scores))
-        self._warn(verdict, iteration)
-        return verdict
-
-    def _warn(self, verdict: Verdict, iteration: int) -> None:
-        for alert in verdict.alerts:
-            if self._tracker:
-                self._tracker.alert(alert.title, alert.text, iteration)
+        return self._judge(iteration, self._engine.broadcast(scores))
 
     def _settle_best(self) -> None:
         """After a resume: the best checkpoint is the one that this checkpoint knows of, or none if that is gone."""

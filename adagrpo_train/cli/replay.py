@@ -26,11 +26,13 @@ Without changes it checks that the record gives the advantages and losses of the
 Options:
   --json FILE  write everything, for other programs
   --help       this text
+
+Exit status: 0; 1 if without changes the record does not give what was recorded to the last bit; 2 after an error.
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Replay. Exit status: 0, or 2 after an error the user can mend."""
+    """Replay. Exit status: 0, 1 if nothing was to change and something did, 2 after an error the user can mend."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(words) or not words:
         sys.stdout.write(_HELP)
@@ -38,11 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     quieten()
     try:
         path, overrides, target = _understood(words)
-        _replay(path, overrides, target)
+        sound = _replay(path, overrides, target)
     except AdaGRPOError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    return 0
+    return 0 if sound or overrides else 1
 
 
 def _understood(words: list[str]) -> tuple[Path, list[str], Path | None]:
@@ -63,7 +65,8 @@ def _understood(words: list[str]) -> tuple[Path, list[str], Path | None]:
     return Path(paths[0]).expanduser(), [word for word in words if word != paths[0]], target
 
 
-def _replay(path: Path, overrides: list[str], target: Path | None) -> None:
+def _replay(path: Path, overrides: list[str], target: Path | None) -> bool:
+    """Whether the record gave what was recorded, under its own configuration."""
     # Imported here: it takes seconds, and --help does not need it.
     from rich.console import Console
 
@@ -76,3 +79,4 @@ def _replay(path: Path, overrides: list[str], target: Path | None) -> None:
     if target:
         write_whole(target, json.dumps(found, indent=1, allow_nan=False) + "\n")
         sys.stdout.write(f"written to {target}\n")
+    return found["reproduced"]["exact"]

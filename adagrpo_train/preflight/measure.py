@@ -34,6 +34,7 @@ class Pieces:
     rollout: Seconds  # a prompt's groups
     decode: Seconds  # an image
     reward: Seconds  # an image, by all rewards that train
+    judge: Seconds  # a held-out image, by all rewards
     update: Seconds  # a state: forward and backward pass
     repeat: Seconds  # a state: what is evaluated once more before the first update
     step: Seconds  # an optimizer step, and the weight average
@@ -56,7 +57,7 @@ class Pieces:
 
     def evaluation(self, counts: Counts) -> Seconds:
         """Of the held-out images of one process."""
-        return (self.encode + self.trunk + self.decode + self.reward) * counts.held_out
+        return (self.encode + self.trunk + self.decode + self.judge) * counts.held_out
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Measurement:
             rollout=self._seconds(lambda: sampler.roll_out(policy.velocity, batch.conditions, prompts, batch.trunks, 0))
             / count,
             decode=self._seconds(lambda: policy.decode(batch.rollout.x0)) / images,
-            reward=self._seconds(self._score) / images,
+            reward=self._seconds(lambda: self._score(evaluation=False)) / images,
+            judge=self._seconds(lambda: self._score(evaluation=True)) / images,
             update=update,
             repeat=repeat,
             step=self._seconds(self._step, before=self._last_batch),
@@ -125,8 +127,8 @@ class Measurement:
         own = self._batch.prompts
         return own[[row % len(own) for row in range(count)]]
 
-    def _score(self) -> None:
-        collector = self._run.parts.scorer.collect()
+    def _score(self, *, evaluation: bool) -> None:
+        collector = self._run.parts.scorer.collect(evaluation=evaluation)
         rollout, texts = self._batch.rollout, self._batch.prompts.texts
         collector.add(self._batch.images, [texts[row] for row in rollout.prompt.tolist()], rollout.group.tolist())
         collector.scores()

@@ -48,7 +48,7 @@ class Outline:
         self._settings, self.processes = settings, processes
         self.model: Any = build.make(values["model"], "model", device=META)
         choices = build.make_choices(values)
-        curriculum = build.make(values["curriculum"], "curriculum")
+        curriculum = choices.curriculum
         sampler = build.make_sampler(settings, self.model, META)
         check_batches(batches_of_each(curriculum, sampler, processes), choices.visits, processes)
         trainable = build.make(values["trainable"], "trainable")
@@ -66,8 +66,9 @@ class Outline:
         self._states = min(values["update_micro_batch"], max(sampler.batch_sizes(curriculum.chosen // processes)))
 
     def written(self) -> sizes.Written:
-        """Bytes of checkpoints and export."""
-        return sizes.written(self._settings.values, self.model, [parameter.numel() for parameter in self.trained])
+        """Bytes of checkpoints, export and records."""
+        trained = [parameter.numel() for parameter in self.trained]
+        return sizes.written(self._settings.values, self.model, trained, self.counts)
 
     def held(self) -> dict[str, float]:
         """Bytes of one process by what they are for; see sizes.held()."""

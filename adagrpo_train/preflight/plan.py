@@ -1,6 +1,6 @@
 """The plan of a run in words: what it does, holds, writes and takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adagrpo_train.preflight.counts import Counts
@@ -25,11 +25,11 @@ class Estimate:
         return counts.iterations * self.iteration + counts.held_out_evaluations * self.evaluation
 
 
-def counted(counts: Counts, rewards: Sequence[str]) -> str:
+def counted(counts: Counts, rewards: Mapping[str, bool]) -> str:
     """Lines about how much of everything is done.
 
     Args:
-        rewards: names of those that train.
+        rewards: name -> whether it trains; the others are asked of held-out images alone.
     """
     many, run = counts.processes, counts.iterations
     images = counts.images * many
@@ -38,11 +38,11 @@ def counted(counts: Counts, rewards: Sequence[str]) -> str:
     network = counts.network
     verbs = {"sampling": "to draw", "training": "to train", "reference": "of the reference"}
     evaluations = [f"{number(network[kind])} {verb}" for kind, verb in verbs.items() if network[kind]]
-    asked = ", ".join(f"{number(images)} scores of {name}" for name in rewards)
+    asked = ", ".join(f"{number(images)} scores of {name}" for name, trains in rewards.items() if trains)
     rows = {
         "prompts": _prompts(counts),
         "images": f"{number(images)}: {', '.join(kinds)}",
-        "reward calls": asked or "none",
+        "reward calls": asked,
         "network": f"{number(sum(network.values()))} evaluations: {', '.join(evaluations)}",
         "updates": f"{counts.updates}",
     }
@@ -50,7 +50,9 @@ def counted(counts: Counts, rewards: Sequence[str]) -> str:
         "iterations": f"{number(run)}, and {counts.held_out_evaluations} evaluations of "
         f"{number(counts.held_out_images)} held-out images",
         "images": number(images * run + held_out),
-        "reward calls": ", ".join(f"{number(images * run + held_out)} of {name}" for name in rewards) or "none",
+        "reward calls": ", ".join(
+            f"{number(images * run * trains + held_out)} of {name}" for name, trains in rewards.items()
+        ),
         "network": f"{number(sum(network.values()) * run + _held_out_evaluations(counts))} evaluations",
     }
     title = "one iteration" if many == 1 else f"one iteration, {many} processes together"
@@ -61,8 +63,9 @@ def stored(written: Written, *, keep: int) -> str:
     """Lines about files."""
     return "files\n" + table(
         {
-            "checkpoint": f"{size(written.checkpoint)}, of which {keep} are kept",
+            "checkpoint": f"{size(written.checkpoint)}, of which the newest {keep} and the best are kept",
             "export": size(written.export),
+            **({"records": f"{size(written.records)}, latents and images"} if written.records else {}),
             "together": f"{size(written.needed(keep))} at most",
         }
     )

@@ -1,8 +1,9 @@
 """All checks of a run in their order, and its plan."""
 
+import os
 import shutil
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -66,12 +67,14 @@ class Preflight:
                 self._findings.check("checkpoint", self._open_snapshot)
             self._findings.check("folder", self._find_folder, needs=["checkpoint"])
             self._findings.check("tracker", self._trackers)
-            self._findings.check("parts", lambda: self._assemble(Path(scratch)))
-            if self._run is None:
-                self._without_parts(Path(scratch))
-            else:
-                with closing(self._run.parts.rewards):
+            whole = self._findings.check("parts", lambda: self._assemble(Path(scratch)))
+            with ExitStack() as stack:
+                if self._run is not None:
+                    stack.callback(self._run.parts.rewards.close)
+                if self._run is not None and whole:  # on every rank, not on this one alone
                     self._with_parts(self._run)
+                else:
+                    self._without_parts(Path(scratch))
         self._findings.conclude()
 
     def _open_snapshot(self) -> str:
@@ -81,6 +84,7 @@ class Preflight:
         return f"goes on from iteration {self._snapshot.iteration} under the same settings"
 
     def _find_folder(self) -> str:
+        continuation.check_trains(self._settings)
         self._run_dir = continuation.find_run_dir(self._settings, self._engine, self._snapshot)
         return f"{self._run_dir}"
 
@@ -110,7 +114,7 @@ class Preflight:
 
     def _rewards_alone(self, scratch: Path) -> str:
         values = _for_checks(self._settings, scratch).values
-        entries = [build.make_entry(name, section) for name, section in values["reward"].items()]
+        entries = build.make_entries(values)
         with closing(Rewards(entries, engine=self._engine, log_dir=scratch / "rewards")) as rewards:
             return "\n".join(f"{source.entry.name}: {source.client.fingerprint}" for source in rewards.sources)
 
@@ -119,7 +123,7 @@ class Preflight:
         counts = count(
             settings.values,
             sampler=parts.sampler,
-            curriculum=run.curriculum,
+            curriculum=run.choices.curriculum,
             schedule=run.choices.schedule,
             visits=run.choices.visits,
             evaluations_per_state=parts.model.evaluations_per_velocity,
@@ -130,7 +134,7 @@ class Preflight:
         if self._snapshot is not None:
             findings.check("state", lambda: self._restore(run), needs=["checkpoint", "reward identity"])
         prompts = checks.draw_prompts()
-        written = sizes.written(settings.values, parts.model, parts.policy.trained_sizes)
+        written = sizes.written(settings.values, parts.model, parts.policy.trained_sizes, counts)
         findings.check("disk", lambda: self._disk(written))
         fits = partial(_in_memory, settings)
         findings.check("memory", fits(lambda: self._prepare(run, prompts)))
@@ -164,18 +168,23 @@ class Preflight:
         return f"all parts are in memory; gradient checkpointing is {checkpointing}"
 
     def _disk(self, written: sizes.Written) -> str:
-        """Room for the checkpoints and the export, where the run's folder will be."""
+        """Room for checkpoints, export and records, where the run's folder will be."""
         keep = self._settings.values["checkpoint"]["keep"]
         needed, folder = written.needed(keep), self._run_dir.resolve()
         place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PreflightError(
+                f"hydra.run.dir={self._run_dir}: no file can be written there, {place} belongs to others; name another"
+            )
         free = shutil.disk_usage(place).free
         if free < needed:
             raise PreflightError(
-                f"hydra.run.dir={self._run_dir}: {size(free)} are free there, checkpoints and export take "
-                f"{size(needed)} (each checkpoint {size(written.checkpoint)}); set hydra.run.dir to another disk, or "
-                "lower checkpoint.keep"
+                f"hydra.run.dir={self._run_dir}: {size(free)} are free there, checkpoints, export and records "
+                f"take {size(needed)} (each checkpoint {size(written.checkpoint)}, all records "
+                f"{size(written.records)}); set hydra.run.dir to another disk, lower checkpoint.keep, or raise "
+                "record.every"
             )
-        return f"{size(free)} are free at {place}, checkpoints and export take {size(needed)} at most"
+        return f"{size(free)} are free at {place}, checkpoints, export and records take {size(needed)} at most"
 
     def _measure(self, run: Assembly, batch: Batch, counts: Counts) -> str:
         measurement = Measurement(run, self._engine, batch, counts)
@@ -195,7 +204,7 @@ def plan_only(settings: Settings, write: Write, *, processes: int, tflops: float
         PreflightError: a check failed.
     """
     findings = Findings(None, write)
-    findings.check("settings", lambda: _names(settings))
+    findings.check("settings", lambda: continuation.check_trains(settings) or _names(settings))
     findings.check("prompts", lambda: _prompts(settings))
     outline = _outlined(findings, settings, processes=processes)
     if outline:
@@ -224,8 +233,7 @@ def _outlined(findings: Findings, settings: Settings, *, processes: int) -> Outl
 
 def _names(settings: Settings) -> str:
     groups = ("model", "algorithm", "curriculum", "advantage", "trainable", "engine")
-    for name, section in settings.values["reward"].items():
-        build.make_entry(name, section)
+    build.make_entries(settings.values)
     return "-".join(settings.choices[group] for group in groups)
 
 
@@ -245,7 +253,7 @@ def _prompts(settings: Settings) -> str:
 
 def _counted(counts: Counts, settings: Settings) -> str:
     entries = settings.values["reward"].items()
-    return plan.counted(counts, [name for name, entry in entries if entry.get("role", "train") == "train"])
+    return plan.counted(counts, {name: entry.get("role", "train") == "train" for name, entry in entries})
 
 
 def _for_checks(settings: Settings, scratch: Path) -> Settings:

@@ -1,5 +1,6 @@
 """Bytes that a run holds and writes, from the shapes of its tensors."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from adagrpo_train import build
 from adagrpo_train.errors import ConfigError
+from adagrpo_train.preflight.counts import Counts
 
 _PROBE = 2**16
 """Weights of the largest tensor that an optimizer is tried on; the state of larger ones is in proportion."""
@@ -32,23 +34,26 @@ class Written:
 
     checkpoint: int
     export: int
+    records: int  # latents and images of all of them; what else they hold is small
 
     def needed(self, keep: int) -> int:
-        """What a run needs at its fullest: the checkpoints it keeps, one being written beside them and one that is not
-        yet dropped, and the export."""
-        return (keep + 2) * self.checkpoint + self.export
+        """What a run needs at its fullest: the newest checkpoints, the best one, one being written, export and
+        records."""
+        return (keep + 2) * self.checkpoint + self.export + self.records
 
 
-def written(values: dict[str, Any], model: Any, trained: Sequence[int]) -> Written:
+def written(values: dict[str, Any], model: Any, trained: Sequence[int], counts: Counts) -> Written:
     """Of a run with these settings and flow model. The export of adapters is they alone, else the whole pipeline.
 
     Args:
         trained: numbers of weights of the trained tensors, whole also where processes hold shares of them.
+        counts: of an iteration.
     """
     weights = _FLOAT32 * sum(trained)  # whatever the others are
     average = weights if values["weight_average"]["decay"] else 0
     others = 0 if adapters(model) else nbytes(_beside_the_network(model))
-    return Written(weights + average + optimizer_bytes(values["optimizer"], trained), weights + others)
+    checkpoint = weights + average + optimizer_bytes(values["optimizer"], trained)
+    return Written(checkpoint, weights + others, _recorded(values, model, counts))
 
 
 def held(
@@ -117,6 +122,17 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 def _copies_reference(values: dict[str, Any], model: Any) -> bool:
     """Of adapters the reference is the network without them; of every weight it is a copy, if there is a KL."""
     return not adapters(model) and values["algorithm"]["objective"]["kl_weight"] > 0
+
+
+def _recorded(values: dict[str, Any], model: Any, counts: Counts) -> int:
+    """Latents and images of the records of a whole run."""
+    record, size = values["record"], values["model"]["resolution"]
+    if record["every"] < 1:
+        return 0
+    samples = counts.samples * counts.processes
+    latents = samples * math.prod(model.latent_shape) * model.dtype.itemsize if record["latents"] else 0
+    images = counts.images * counts.processes * 3 * size * size if record["images"] else 0
+    return counts.iterations // record["every"] * (latents + images)
 
 
 def _beside_the_network(model: Any) -> list[Tensor]:

@@ -56,12 +56,15 @@ class Recorder:
             raise ConfigError(f"record.every={every}: must be >= 0; 0 records nothing")
         self._folder, self._every, self._latents, self._images = folder, every, latents, images
         self._engine, self._about = engine, about
+        self._versions: dict[str, str] = {}
         self._draft: _Draft | None = None
 
     def start(self, iteration: int) -> None:
         """Drop what was recorded after an iteration: the run goes on from there."""
         if self._engine.is_main:
             drop_later(self._folder, iteration)
+            if self._every:  # once: it asks git
+                self._versions = environment()
 
     def begin(self, iteration: int, curriculum: dict[str, Any], scoring: dict[str, Any]) -> None:
         """An iteration, counted from 1, begins with these states of its parts."""
@@ -152,7 +155,7 @@ class Recorder:
             "levels": [told["level"] for told in ranks],
             "metrics": metrics,
             **self._about,
-            "versions": environment(),
+            "versions": self._versions,
         }
         record = Record(head, draft.prompts, draft.tensors | _visits(visits, draft.tensors))
         pictures = {"latents.safetensors": draft.latents, "images.safetensors": draft.images}

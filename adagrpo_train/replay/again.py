@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adagrpo_train.build import make_methods
+from adagrpo_train.build import make_choices, make_entries
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.interfaces import Curriculum
 from adagrpo_train.recording.record import Record
@@ -64,7 +64,7 @@ class Replay:
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self._config, self._methods = config, make_methods(config)
+        self._config, self._choices = config, make_choices(config)
         self._engine = ReplicatedEngine(kind="single", device="cpu", timeout_seconds=60)
         self._curricula: list[Curriculum] = []
         self._last: Record | None = None
@@ -110,7 +110,7 @@ class Replay:
     def _scorer(self, record: Record) -> Scorer:
         scoring = self._config["scoring"]
         scorer = Scorer(
-            answered(self._methods.rewards, record.head["rewards"]),
+            answered(make_entries(self._config), record.head["rewards"]),
             scale=scoring["scale"],
             level=scoring["level"],
             alpha=self._config["curriculum"]["alpha"],
@@ -139,7 +139,7 @@ class Replay:
                 "goes on from what the run had"
             )
         own = states if self._config["curriculum"]["per_rank"] else states[:1]
-        self._curricula = [make_methods(self._config).curriculum for _ in own]
+        self._curricula = [make_choices(self._config).curriculum for _ in own]
         for curriculum, state in zip(self._curricula, own, strict=True):
             curriculum.load_state_dict(state)
 
@@ -173,7 +173,7 @@ class Replay:
             group_size=self._config["group_size"],
             scorer=scorer,
             curriculum=self._curricula[rank],
-            advantage=self._methods.advantage,
+            advantage=self._choices.advantage,
         )
 
     def _losses(self, record: Record, fused: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,6 +190,6 @@ class Replay:
             if counts[batch]:
                 columns = (tensors["visit.log_prob"][own], tensors["visit.old_log_prob"][own], rollout[own])
                 terms = Terms(*columns, kl=None if kl is None else kl[own])
-                loss = self._methods.objective.surrogate(terms, fused[sample[own]])
+                loss = self._choices.objective.surrogate(terms, fused[sample[own]])
                 losses[batch], clipped[batch] = loss.value, loss.metrics["policy/clip_fraction"]
         return losses, clipped, counts

@@ -1,10 +1,12 @@
 """What is different between a recorded iteration and its replay, as plain numbers."""
 
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adagrpo_train.functional.advantages import misjudged
 from adagrpo_train.recording.record import Record
 from adagrpo_train.replay.again import Outcome
 
@@ -38,15 +40,16 @@ def reproduced(before: Outcome, after: Outcome) -> dict[str, Any]:
     """How far a replay under the record's own configuration is from what was recorded.
 
     Returns:
-        "exact", and the largest distances of advantages and losses.
+        "choice": whether prompts, levels and the samples that count are the same; "exact": whether all else is, too;
+        and the largest distances of advantages and losses, of those that both have.
     """
+    names = ("total", "local", "across", "fused", "losses", "clipped")
+    pairs = {name: (getattr(before, name), getattr(after, name)) for name in names}
     same = (before.rows, before.levels) == (after.rows, after.levels) and torch.equal(before.usable, after.usable)
-    found: dict[str, Any] = {"exact": same}
-    for name in ("total", "local", "across", "fused", "losses", "clipped"):
-        ours, theirs = getattr(before, name), getattr(after, name)
-        found["exact"] &= bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
-        found[name] = _number((ours - theirs).nan_to_num().abs().max())
-    return found
+    same &= all(torch.equal(ours.isnan(), theirs.isnan()) for ours, theirs in pairs.values())
+    exact = same and all(torch.equal(ours.nan_to_num(), theirs.nan_to_num()) for ours, theirs in pairs.values())
+    apart = {name: _number((ours - theirs).nan_to_num().abs().max()) for name, (ours, theirs) in pairs.items()}
+    return {"exact": exact, "choice": same, **apart}
 
 
 def _selection(record: Record, before: Outcome, after: Outcome) -> dict[str, Any]:
@@ -72,21 +75,17 @@ def _selection(record: Record, before: Outcome, after: Outcome) -> dict[str, Any
 
 
 def _misjudged(outcome: Outcome) -> dict[str, float | None]:
-    """Shares of the usable samples whose advantage has another sign than their distance from the level.
+    """Rates of the usable samples as the log of a run has them, before (local) and after the fusion.
 
-    A false positive is rewarded although the policy's past was better, a false negative the other way round; before
-    (local) and after the fusion (arXiv:2606.06828). None without a level.
+    See functional.advantages.misjudged(). None without a level, or without samples on that side of it.
     """
     names = ("local_false_positive", "local_false_negative", "fused_false_positive", "fused_false_negative")
     if None in outcome.levels or not bool(outcome.usable.any()):
         return dict.fromkeys(names)
-    means = torch.tensor([level.mean for level in outcome.levels if level is not None])
-    level = means.repeat_interleave(len(outcome.total) // len(means))
-    rates = []
-    for advantage in (outcome.local, outcome.fused):
-        own, distance = advantage[outcome.usable], (outcome.total - level)[outcome.usable]
-        rates += [((own > 0) & (distance < 0)), ((own < 0) & (distance > 0))]
-    return {name: _number(rate.float().mean()) for name, rate in zip(names, rates, strict=True)}
+    means = torch.tensor([level.mean for level in outcome.levels if level is not None], dtype=torch.float64)
+    distance = (outcome.total - means.repeat_interleave(len(outcome.total) // len(means)))[outcome.usable]
+    rates = [misjudged(own[outcome.usable], distance, 0.0) for own in (outcome.local, outcome.fused)]
+    return dict(zip(names, chain(*rates), strict=True))
 
 
 def _updates(record: Record, before: Outcome, after: Outcome) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from adagrpo_train.replay.changes import changed, differing
 from adagrpo_train.replay.difference import difference, reproduced
 
 _OF_THE_SCALE = ("reward.", "scoring.scale")
+_WHETHER = ("exact", "choice")
 
 
 def replay(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -37,10 +38,10 @@ def replay(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         before = recorded(record)
         sound.append(reproduced(before, again.of(record)))
         found.append(difference(record, before, other.of(record)))
-    worst = {key: max(each[key] or 0.0 for each in sound) for key in sound[0] if key != "exact"}
+    worst = {key: max(each[key] or 0.0 for each in sound) for key in sound[0] if key not in _WHETHER}
     return {
         "changes": changes,
-        "reproduced": {"exact": all(each["exact"] for each in sound), **worst},
+        "reproduced": {key: all(each[key] for each in sound) for key in _WHETHER} | worst,
         "notes": _notes(records, values, list(changes), found) + other.notes,
         "records": found,
     }

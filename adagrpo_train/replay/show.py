@@ -43,6 +43,8 @@ def show(found: dict[str, Any], console: Console) -> None:
 def _reproduced(found: dict[str, Any]) -> str:
     if found["exact"]:
         return "under its own configuration: selection, level, advantages and losses as recorded, bit for bit"
+    if not found["choice"]:
+        return "under its own configuration: other prompts, levels or samples than recorded"
     return (
         "under its own configuration: not as recorded to the last bit, as on another kind of processor; advantages "
         f"differ by up to {found['fused']:.1e}, losses by {found['losses']:.1e}"

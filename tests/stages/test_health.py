@@ -17,7 +17,7 @@ from adagrpo_train.health.best import Best, heldout_gain
 from adagrpo_train.health.change import paired, unpaired
 from adagrpo_train.health.diversity import Diversity, group_distance
 from adagrpo_train.health.figures import level_gap
-from adagrpo_train.health.monitor import Health, Verdict
+from adagrpo_train.health.monitor import Alert, Health, Verdict
 from adagrpo_train.runtime import checkpoint
 from tests.support import Memory, make_trainer
 
@@ -252,7 +252,9 @@ def test_the_gap_to_the_level_is_in_units_of_the_reward_and_of_its_deviation() -
     assert level_gap({"reward/mean": 0.4}) == {}
 
 
-def test_a_resumed_run_takes_in_an_evaluation_that_was_recorded_after_its_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_run_takes_in_an_evaluation_that_was_recorded_after_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = ["iterations=1", "reward=[shapes,jpeg_size]", "reward.jpeg_size.role=evaluation"]
     trainer, _, _ = make_trainer(*settings, run_dir=tmp_path)
     before: list[dict[str, Any]] = []
@@ -276,6 +278,12 @@ def test_a_resumed_run_takes_in_an_evaluation_that_was_recorded_after_its_checkp
     assert resumed.train(Memory()) == "completed"
     assert json.loads(json.dumps(resumed._health.state_dict())) == saved.state["health"]
     assert resumed.best == Best.of(saved.state["health"]["best"])
+
+    # Its warnings were given when it was recorded.
+    told, warned = Memory(), Verdict(alerts=(Alert("falls", "why"),))
+    monkeypatch.setattr(resumed._health, "evaluated", lambda iteration, scores: warned)
+    monkeypatch.setattr(resumed, "_tracker", told)
+    assert resumed._judge_recorded(1) == warned and not told.alerts
 
     # Nor does a run go on that an alarm has stopped.
     saved.state["health"]["streaks"]["jpeg_size"]["alarmed"] = True

@@ -12,7 +12,7 @@ from adagrpo_train import build
 from adagrpo_train.algorithms.transitions import CPS, ConstantSDE, FlowSDE
 from adagrpo_train.errors import PreflightError, RewardError
 from adagrpo_train.functional.transitions import ode_step
-from adagrpo_train.preflight import counts
+from adagrpo_train.preflight import counts, plan
 from adagrpo_train.preflight.findings import Findings
 from adagrpo_train.preflight.outline import META, Outline
 from adagrpo_train.preflight.sizes import optimizer_bytes
@@ -104,7 +104,7 @@ def test_state_of_an_optimizer_is_measured_on_small_tensors() -> None:
     "overrides",
     [
         ["adagrpo=on", "curriculum.candidates=4", "plan=branch"],
-        ["plan=branch", "algorithm.objective.kl_weight=0.1"],
+        ["plan=branch", "algorithm.objective.kl_weight=0.1", "model.guidance_scale=2.0"],
         ["updates_per_iteration=4", "inner_epochs=2", "micro_batch=2", "update_micro_batch=1"],
         ["updates_per_iteration=3", "micro_batch=3", "update_micro_batch=1", "plan=window"],
     ],
@@ -117,8 +117,8 @@ def test_network_evaluations_are_those_of_the_trainer(overrides: list[str], tmp_
         sampler=parts.sampler,
         curriculum=trainer._curriculum,
         schedule=trainer._schedule,
-        visits=trainer._visits,
-        evaluations_per_state=1,
+        visits=trainer._update._visits,
+        evaluations_per_state=parts.model.evaluations_per_velocity,
         processes=1,
     )
     metrics = trainer._train_once(0)
@@ -132,6 +132,15 @@ def test_held_out_evaluations_are_before_after_and_at_every_multiple_between() -
     for every, iterations, times in ((0, 10, 2), (5, 10, 3), (4, 10, 4), (20, 10, 2), (1, 3, 4)):
         outline = Outline(read_settings([f"evaluation.every={every}", f"iterations={iterations}"]), processes=1)
         assert outline.counts.held_out_evaluations == times
+
+
+def test_rewards_that_only_evaluate_are_asked_of_held_out_images_alone() -> None:
+    outline = Outline(read_settings(["iterations=10", "evaluation.every=5", "evaluation.images=14"]), processes=1)
+    told = plan.counted(outline.counts, {"shapes": True, "clip": False})
+    one, whole = told.split("the whole run")
+    trained = outline.counts.images * 10 + 3 * 14
+    assert "clip" not in one and f"{outline.counts.images:,} scores of shapes" in one
+    assert f"{trained:,} of shapes, 42 of clip" in whole
 
 
 def _refuse(text: str) -> str:

@@ -1,6 +1,7 @@
 """What a record holds, that it is what happened, and that it changes nothing."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from adagrpo_train.errors import ConfigError
+from adagrpo_train.preflight.outline import Outline
 from adagrpo_train.recording.record import drop_later, order, read_records
 from adagrpo_train.runtime import checkpoint
-from tests.support import Memory, make_trainer
+from adagrpo_train.settings import read_settings
+from tests.support import SMALL, Memory, make_trainer
 
 SETTINGS = ["adagrpo=on", "curriculum.candidates=4", "optimizer.lr=1e-3", "micro_batch=2", "updates_per_iteration=2"]
 SETTINGS += ["model.num_steps=3", "evaluation.images=1", "evaluation.grid_images=1"]
@@ -44,6 +47,7 @@ def test_a_record_is_what_happened(tmp_path: Path) -> None:
     assert torch.equal(tensors["batch.loss"], torch.stack(seen["losses"]))
     assert tensors["batch.update"].tolist() == [0, 0, 1, 1]
     assert record.head["metrics"]["policy/loss"] == row["policy/loss"]
+    assert record.head["versions"]["torch"] == version("torch")
     assert row["policy/loss"] == pytest.approx(float(tensors["batch.loss"].double().mean()))
     assert [prompt.chosen for prompt in memory.prompts[0]] == [n in record.head["selection"]["rows"] for n in range(4)]
     assert [prompt.score for prompt in memory.prompts[0]] == tensors["candidate.total"].tolist()
@@ -53,6 +57,8 @@ def test_a_record_is_what_happened(tmp_path: Path) -> None:
     latents = load_file(tmp_path / "record/000001/latents.safetensors")["sample.x0"]
     assert torch.equal(torch.from_numpy(parts.policy.decode(latents)), pictures["sample.image"])
     assert pictures["candidate.image"].shape == (4, 32, 32, 3)
+    planned = Outline(read_settings([*SMALL, *settings, "iterations=7", "record.every=2"]), processes=1).written()
+    assert planned.records == 3 * (latents.nbytes + sum(image.nbytes for image in pictures.values()))
 
 
 def test_a_record_changes_no_number_and_off_leaves_nothing(tmp_path: Path) -> None:

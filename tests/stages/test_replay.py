@@ -175,14 +175,18 @@ def test_false_positives_and_negatives_are_counted_as_published(run_dir: Path) -
         means = torch.stack([total[group == number].mean() for number in group.tolist()])
         level = one.head["levels"][0]["mean"]
         spread = torch.stack([total[group == number].std() > 1e-6 for number in group.tolist()])
-        false = own["advantage"]["misjudged"]["recorded"]
-        positive = ((total > means) & (total < level) & spread).float().mean()
-        negative = ((total < means) & (total > level) & spread).float().mean()
-        assert false["local_false_positive"] == pytest.approx(float(positive))
-        assert false["local_false_negative"] == pytest.approx(float(negative))
+        false, logged = own["advantage"]["misjudged"]["recorded"], one.head["metrics"]
+        below, above = total < level, total > level
+        if below.any():
+            positive = ((total > means) & below & spread).sum() / below.sum()
+            assert false["local_false_positive"] == pytest.approx(float(positive))
+        if above.any():
+            negative = ((total < means) & above & spread).sum() / above.sum()
+            assert false["local_false_negative"] == pytest.approx(float(negative))
+        assert false == {name: logged.get(f"advantage/{name}_rate") for name in false}
 
 
-def test_a_change_of_one_recorded_number_is_seen(run_dir: Path, tmp_path: Path) -> None:
+def test_a_change_of_one_recorded_number_is_seen(run_dir: Path, tmp_path: Path, capsys: Any) -> None:
     """Or nothing above could fail: first the file is refused, then, with a fitting manifest, the numbers differ."""
     from safetensors.torch import load_file, save_file
 
@@ -202,6 +206,14 @@ def test_a_change_of_one_recorded_number_is_seen(run_dir: Path, tmp_path: Path) 
     assert not found["exact"]
     assert found["losses"] > 0
     assert found["fused"] == 0
+    assert main([str(tmp_path / "run")]) == 1
+    assert "losses by" in capsys.readouterr().out
+    tensors["sample.part.smooth"][0] = torch.nan  # a sample the less
+    save_file(tensors, folder / "tensors.safetensors")
+    manifest["files"]["tensors.safetensors"]["sha256"] = sha256(folder / "tensors.safetensors")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert main([str(folder)]) == 1
+    assert "other prompts, levels or samples than recorded" in capsys.readouterr().out
 
 
 def test_the_command_prints_tables_and_writes_json(run_dir: Path, tmp_path: Path, capsys: Any) -> None:

@@ -14,6 +14,8 @@ from adagrpo_train.algorithms.advantages import CrossLevel
 from adagrpo_train.errors import ConfigError, RewardError, TrainingError
 from adagrpo_train.health.monitor import Verdict
 from adagrpo_train.runtime import checkpoint
+from adagrpo_train.runtime.engine import Engine
+from adagrpo_train.trainer import Trainer, batches_of_each
 from adagrpo_train.types import Level
 from rewards.shapes.reward import ShapesReward
 from tests.support import Memory, make_trainer, use_reward
@@ -262,14 +264,19 @@ def test_an_embedding_does_not_depend_on_the_prompts_beside_it(tmp_path: Path) -
         assert all(torch.equal(getattr(alone, f.name), getattr(rows, f.name)) for f in fields(rows))
 
 
+def check_batches(trainer: Trainer, engine: Engine) -> None:
+    """What the constructor of a trainer checks, for the present number of processes."""
+    trainer._update.check_batches(batches_of_each(trainer._curriculum, trainer._sampler, engine.world_size))
+
+
 def test_processes_must_hold_equally_many_batches_for_every_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, _, engine = make_trainer("updates_per_iteration=2", "micro_batch=2", run_dir=tmp_path)
-    trainer._check_counts()  # 2 x 5 batches on one process
+    check_batches(trainer, engine)  # 2 x 5 batches on one process
     monkeypatch.setattr(type(engine), "world_size", 2)
     with pytest.raises(ConfigError, match=r"updates_per_iteration=2: with 2 processes the 5 batches"):
-        trainer._check_counts()
+        check_batches(trainer, engine)
 
 
 @pytest.mark.parametrize(("plan", "states"), [("every_step", "4 and of 2"), ("branch", "4 and of 1")])
@@ -282,9 +289,9 @@ def test_batches_of_several_processes_must_fall_into_equally_many_parts(
     trainer, _, engine = make_trainer(*settings, "update_micro_batch=2", run_dir=tmp_path)
     monkeypatch.setattr(type(engine), "world_size", 2)
     with pytest.raises(ConfigError, match=rf"update_micro_batch=2: with 2 processes .* batches of {states} states"):
-        trainer._check_counts()
+        check_batches(trainer, engine)
     trainer._update._visits = replace(trainer._update._visits, states=4)
-    trainer._check_counts()
+    check_batches(trainer, engine)
 
 
 def test_whole_weights_are_put_together_in_the_memory_of_the_host(

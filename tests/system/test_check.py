@@ -1,5 +1,6 @@
 """`adagrpo-check` finds mistakes before a run is started, passes what is right, and estimates what training takes."""
 
+import os
 import re
 import shutil
 import socket
@@ -70,6 +71,12 @@ def _prompts(*lines: str) -> Callable[[Path, pytest.MonkeyPatch], list[str]]:
 def _full_disk(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
     usage = shutil.disk_usage(folder)._replace(free=1_000_000)
     patch.setattr(shutil, "disk_usage", lambda path: usage)
+    return []
+
+
+def _foreign_folder(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    allowed = os.access
+    patch.setattr(os, "access", lambda path, mode: Path(path) != folder / "work" and allowed(path, mode))
     return []
 
 
@@ -157,7 +164,9 @@ FAULTS = {
     "a metric that the reward lacks": Planted(
         ["reward.shapes.weights={smoth: 1.0}"], "reward.shapes.weights.smoth=1.0: the reward has the metrics", "parts"
     ),
-    "a full disk": Planted([], "1.0 MB are free there, checkpoints and export take", "disk", _full_disk),
+    "a full disk": Planted([], "1.0 MB are free there, checkpoints, export and records take", "disk", _full_disk),
+    "a folder that is not the user's": Planted([], "no file can be written there", "disk", _foreign_folder),
+    "a setting of another command": Planted(["against=base"], "against=base: training compares with nothing", "folder"),
     "a folder with a run": Planted([], "already holds a run; continue it with resume=", "folder", _used_folder),
 }
 
