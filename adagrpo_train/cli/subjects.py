@@ -65,7 +65,9 @@ def find_subject(settings: Settings, engine: Engine, key: str) -> Subject:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "checkpoints").is_dir() or path.name.startswith("iteration_") or any(path.glob("iteration_*"))
+    inside = path.parent.name == "checkpoints"  # one of them, or the file that names the best
+    one = inside or path.name.startswith("iteration_")
+    return one or (path / "checkpoints").is_dir() or any(path.glob("iteration_*"))
 
 
 def _run_of(path: Path) -> Path:

@@ -53,6 +53,7 @@ def test_reward_hacking_stops_a_run_that_can_be_killed_and_continued_bit_for_bit
         assert json.loads((folder / "summary.json").read_text())["best"]["iteration"] == 1
         assert sorted(path.name for path in (folder / "checkpoints").glob("iteration_*"))[0] == "iteration_000001"
     assert "of iteration 1, in checkpoints/best; exported are those of 5; -" in said
-    done = run(*SETTINGS, f"resume={stopped / 'checkpoints' / 'best'}", f"hydra.run.dir={tmp_path}", module="evaluate")
+    best = f"resume={stopped / 'checkpoints' / 'best'}"
+    done = run(*SETTINGS, best, "evaluation.samples=0", f"hydra.run.dir={tmp_path}", module="evaluate")
     first = next(row for row in rows(straight) if row["iteration"] == 1 and "eval/smooth" in row)
     assert f"{first['eval/smooth']:.4f}" in done.stdout
