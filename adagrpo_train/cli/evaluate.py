@@ -4,7 +4,7 @@ import gc
 import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adagrpo_train.cli.command import run_command
 from adagrpo_train.settings import Settings
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from adagrpo_train.cli.subjects import Subject
     from adagrpo_train.reports.evaluation import Pictured
     from adagrpo_train.runtime.engine import Engine
-    from adagrpo_train.scoring.scorer import Scorer
 
 _FILE_WIDTH = 180
 """Columns of what is no terminal."""
@@ -89,7 +88,7 @@ def _drawn(subject: "Subject", engine: "Engine", scoring: "Scoring", run_dir: Pa
     """Draw and score; the network is freed afterwards."""
     from adagrpo_train import build
     from adagrpo_train.reports.evaluation import Pictured
-    from adagrpo_train.reports.scored import scored
+    from adagrpo_train.reports.scored import facts_of, scored
     from adagrpo_train.tracking.console import counted
     from adagrpo_train.tracking.images import thumbnails
     from adagrpo_train.tracking.records import missing_scores
@@ -103,21 +102,12 @@ def _drawn(subject: "Subject", engine: "Engine", scoring: "Scoring", run_dir: Pa
     for name, count in missing_scores(scoring.scorer.drain(evaluation=True), evaluation=True).items():
         if engine.is_main:
             sys.stdout.write(f"{subject.label}: {count} scores of reward {name} are missing\n")
-    record = scored(
-        evaluation, parts.evaluator.samples, subject=subject.label, facts=_facts(subject.settings, scoring.scorer)
+    scorer = scoring.scorer
+    facts = facts_of(
+        subject.settings.values, rewards=scorer.fingerprints, calibration=scorer.state_dict()["calibration"]
     )
+    record = scored(evaluation, parts.evaluator.samples, subject=subject.label, facts=facts)
     return Pictured(record, dict(enumerate(thumbnails(evaluation.grid))))
-
-
-def _facts(settings: Settings, scorer: "Scorer") -> dict[str, Any]:
-    """What scores depend on beside the model and the prompts."""
-    values = settings.values
-    trained = {name: own["weights"] for name, own in values["reward"].items() if own["role"] == "train"}
-    return {
-        "noise": {"seed": values["evaluation"]["seed"], "resolution": values["model"]["resolution"]},
-        "rewards": scorer.fingerprints,
-        "total": {"weights": trained, "calibration": scorer.state_dict()["calibration"]},
-    }
 
 
 def _report(run_dir: Path, results: "list[Pictured]") -> None:

@@ -127,7 +127,10 @@ def _check_pairs(before: Scored, after: Scored) -> None:
 
 def _differing(name: str, first: Any, second: Any) -> str:
     """What differs in a fact, "" if nothing does; of rewards only those that both have are compared."""
-    if name == "rewards" and isinstance(first, dict) and isinstance(second, dict):
+    if not (isinstance(first, dict) and isinstance(second, dict)):
+        return f"{name} differs ({first or 'not recorded'} and {second or 'not recorded'})" if first != second else ""
+    if name == "rewards":
         changed = [reward for reward in first.keys() & second.keys() if first[reward] != second[reward]]
         return f"the fingerprint of reward {changed[0]} differs" if changed else ""
-    return f"{name} differs ({first} and {second})" if first != second else ""
+    changed = [key for key in sorted(first.keys() | second.keys()) if first.get(key) != second.get(key)]
+    return f"{name}.{changed[0]} differs ({first.get(changed[0])} and {second.get(changed[0])})" if changed else ""

@@ -2,8 +2,11 @@
 
 import io
 import math
+import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +17,11 @@ from adagrpo_train.errors import ConfigError
 from adagrpo_train.reports.comparison import NOT_FOUND, NOTHING, compare, largest
 from adagrpo_train.reports.evaluation import Pictured, read_evaluation, save_comparison, save_evaluation
 from adagrpo_train.reports.pairs import Pair, Section, side_by_side
-from adagrpo_train.reports.scored import ALL, Scored, read_scored, unit_means
+from adagrpo_train.reports.scored import ALL, Scored, facts_of, read_scored, unit_means
 from adagrpo_train.reports.tables import changes_table, scores_table
+from adagrpo_train.settings import read_settings
 
-FACTS = {"noise": {"seed": 1}, "rewards": {"shapes": "v1", "clip": "v1"}}
+FACTS: dict[str, Any] = {"noise": {"seed": 1}, "rewards": {"shapes": "v1", "clip": "v1"}}
 
 
 def _scored(scores: dict[str, list[float]], *, samples: int = 1, classes: str = "") -> Scored:
@@ -132,7 +136,8 @@ def test_a_clear_change_is_higher_one_way_and_lower_the_other():
     [
         ({"texts": ("p0", "q")}, r"not of the same prompts and samples.*'q'.*'p1'"),
         ({"samples": (0, 1)}, "not of the same prompts and samples"),
-        ({"facts": FACTS | {"noise": {"seed": 2}}}, "noise differs"),
+        ({"facts": FACTS | {"noise": {"seed": 2}}}, r"noise\.seed differs \(1 and 2\)"),
+        ({"facts": {"rewards": FACTS["rewards"]}}, r"noise differs \(\{'seed': 1\} and not recorded\)"),
         ({"facts": FACTS | {"rewards": {"shapes": "v2"}}}, "fingerprint of reward shapes differs"),
         ({"scores": {"other": np.zeros(2)}}, "no score in common"),
     ],
@@ -141,6 +146,42 @@ def test_evaluations_of_other_images_or_rewards_are_not_compared(change: dict, m
     own = _scored({"total": [0.0, 1.0]})
     with pytest.raises(ConfigError, match=message):
         compare(own, replace(own, **change))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model.num_steps", 5),
+        ("model.guidance_scale", 2.0),
+        ("model.schedule", "sd3"),
+        ("model.dtype", "bfloat16"),
+        ("model.resolution", 64),
+        ("network.autocast", "bfloat16"),
+        ("evaluation.seed", 9),
+    ],
+)
+def test_stored_evaluations_that_were_drawn_differently_are_not_compared(tmp_path: Path, key: str, value: Any):
+    values = _defaults()
+    section, name = key.split(".")
+    other = values | {section: values[section] | {name: value}}
+    for folder, drawn in (("one", values), ("two", other)):
+        facts = facts_of(drawn, rewards={}, calibration={})
+        replace(_scored({"total": [0.0, 1.0]}), facts=facts).save(tmp_path / folder)
+    one, two = (read_scored(tmp_path / folder, key="against") for folder in ("one", "two"))
+    with pytest.raises(ConfigError, match=rf"{re.escape(key)} differs \({values[section][name]} and {value}\)"):
+        compare(one, two)
+
+
+def test_another_model_that_needs_less_memory_draws_the_same_images():
+    values = _defaults()
+    other = values | {"model": values["model"] | {"path": "elsewhere", "decode_batch": 1}}
+    one, two = (facts_of(drawn, rewards={}, calibration={}) for drawn in (values, other))
+    assert one == two
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return read_settings([]).values  # takes a third of a second
 
 
 def test_a_reward_that_one_side_lacks_is_no_obstacle():
