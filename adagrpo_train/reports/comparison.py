@@ -68,10 +68,33 @@ def compare(before: Scored, after: Scored) -> Changes:
     An image counts only where both models have the score. See Scored.units for what an observation is.
 
     Raises:
+        ConfigError: as of check_pairs().
+    """
+    check_pairs(before, after)
+    return {name: _of_score(before, after, name) for name in after.scores if name in before.scores}
+
+
+def check_pairs(before: Scored, after: Scored) -> None:
+    """Refuse what compare() cannot compare.
+
+    Raises:
         ConfigError: the two were not scored on the same prompts and noise by the same rewards.
     """
-    _check_pairs(before, after)
-    return {name: _of_score(before, after, name) for name in after.scores if name in before.scores}
+    remedy = "evaluate both with the same settings: adagrpo-eval resume=... against=..."
+    ours, theirs = (list(zip(s.texts, s.classes, s.samples, strict=True)) for s in (after, before))
+    if ours != theirs:
+        different = [pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]]
+        where = f"the first that differ are {different[0][0]} and {different[0][1]}" if different else "one goes on"
+        raise ConfigError(
+            f"against: {len(after)} images of {after.subject}, {len(before)} of {before.subject}, and not of the same "
+            f"prompts and samples: {where}; {remedy}"
+        )
+    for name in sorted(before.facts.keys() | after.facts.keys()):
+        fault = _differing(name, before.facts.get(name), after.facts.get(name))
+        if fault:
+            raise ConfigError(f"against: {fault} between {before.subject} and {after.subject}; {remedy}")
+    if not before.scores.keys() & after.scores.keys():
+        raise ConfigError(f"against: {before.subject} and {after.subject} have no score in common; {remedy}")
 
 
 def as_json(before: Scored, after: Scored, changes: Changes) -> Row:
@@ -105,24 +128,6 @@ def _of_score(before: Scored, after: Scored, name: str) -> dict[str, Change]:
 
 def _paired(first: np.ndarray, second: np.ndarray) -> tuple[Comparison, tuple[float, Interval]]:
     return paired_comparison(first[None], second[None]), win_rate(first, second)
-
-
-def _check_pairs(before: Scored, after: Scored) -> None:
-    remedy = "evaluate both with the same settings: adagrpo-eval resume=... against=..."
-    ours, theirs = (list(zip(s.texts, s.classes, s.samples, strict=True)) for s in (after, before))
-    if ours != theirs:
-        different = [pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]]
-        where = f"the first that differ are {different[0][0]} and {different[0][1]}" if different else "one goes on"
-        raise ConfigError(
-            f"against: {len(after)} images of {after.subject}, {len(before)} of {before.subject}, and not of the same "
-            f"prompts and samples: {where}; {remedy}"
-        )
-    for name in sorted(before.facts.keys() | after.facts.keys()):
-        fault = _differing(name, before.facts.get(name), after.facts.get(name))
-        if fault:
-            raise ConfigError(f"against: {fault} between {before.subject} and {after.subject}; {remedy}")
-    if not before.scores.keys() & after.scores.keys():
-        raise ConfigError(f"against: {before.subject} and {after.subject} have no score in common; {remedy}")
 
 
 def _differing(name: str, first: Any, second: Any) -> str:

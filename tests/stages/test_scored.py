@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,13 +14,21 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from adagrpo_train import build
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.reports.comparison import NOT_FOUND, NOTHING, compare, largest
-from adagrpo_train.reports.evaluation import Pictured, read_evaluation, save_comparison, save_evaluation
+from adagrpo_train.reports.evaluation import (
+    Pictured,
+    read_evaluation,
+    rows_beside,
+    save_comparison,
+    save_evaluation,
+)
 from adagrpo_train.reports.pairs import Pair, Section, side_by_side
 from adagrpo_train.reports.scored import ALL, Scored, facts_of, read_scored, unit_means
 from adagrpo_train.reports.tables import changes_table, scores_table
 from adagrpo_train.settings import read_settings
+from tests.support import SMALL, alone
 
 FACTS: dict[str, Any] = {"noise": {"seed": 1}, "rewards": {"shapes": "v1", "clip": "v1"}}
 
@@ -222,7 +231,7 @@ def test_large_images_are_shrunk_and_long_prompts_cut():
 
 def _pictured(scores: list[float], shade: int) -> Pictured:
     own = _scored({"total": scores}, classes="ab" * (len(scores) // 2))
-    return Pictured(own, {row: _flat(shade + row) for row in range(len(scores))})
+    return Pictured(own, {row: _flat(shade + row) for row in range(len(scores))}, frozenset(range(len(scores))))
 
 
 def test_pictures_of_an_evaluation_are_read_again_and_shown_beside_others(tmp_path: Path):
@@ -236,6 +245,38 @@ def test_pictures_of_an_evaluation_are_read_again_and_shown_beside_others(tmp_pa
     save_comparison(tmp_path / "out", back, after, compare(back.scored, after.scored))
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert [_share(picture, 90 + row) for row in range(4)] == [128 * 128] * 3 + [0]
+
+
+def test_beside_each_other_are_shown_the_rows_that_a_rank_is_told_to_have(tmp_path: Path):
+    gains = np.random.default_rng(0).normal(size=60)
+    before, after = _pictured([0.0] * 60, 10), _pictured(gains.tolist(), 90)
+    rows = rows_beside(before, after)
+    assert rows[:12] == list(range(12))
+    assert rows[12:24] == np.argsort(-gains)[:12].tolist()
+    assert rows[24:] == np.argsort(gains)[:12].tolist()
+    changes = compare(before.scored, after.scored)
+    before, after = (side.gathered(rows, alone()) for side in (before, after))
+    assert before.images.keys() == after.images.keys() == set(rows)
+    save_comparison(tmp_path, before, after, changes)
+    with Image.open(tmp_path / "comparison.png") as picture:
+        for row in (rows[0], rows[12], rows[-1]):
+            assert _share(picture, 90 + row) == rows.count(row) * 128 * 128
+
+
+def test_an_evaluation_keeps_small_images_on_the_rank_that_drew_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("adagrpo_train.tracking.images._LARGEST", 16)
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares")
+    settings = read_settings([*SMALL, f"prompts.evaluation_path={tmp_path / 'prompts.txt'}", "evaluation.samples=2"])
+    engine, gathered = build.make_engine(settings), list[tuple[int, ...]]()
+    gather = engine.gather
+    monkeypatch.setattr(engine, "gather", lambda values: gathered.append(values.shape) or gather(values))
+    parts = build.make_parts(settings, engine, tmp_path, training=False)
+    parts.encoder.prepare(parts.evaluator.texts)
+    with closing(parts.rewards):
+        evaluation = parts.evaluator.evaluate(parts.policy)
+    assert set(gathered) == {(4,)}  # scores alone
+    assert evaluation.rows == (0, 1, 2, 3)
+    assert evaluation.grid.shape == (4, 16, 16, 3)
 
 
 def test_tables_name_every_class_and_score_and_take_no_class_for_markup():
