@@ -180,13 +180,9 @@ def change_table(study: Study, analysis: Analysis, cells: Sequence[Cell]) -> dic
 
 
 def _verdict(entry: Compared) -> str:
-    if not entry.comparison.images:
-        return "nothing to compare"
-    if entry.comparison.seeds < 2:
+    if entry.comparison.images and entry.comparison.seeds < 2:
         return "one seed says nothing about others"
-    if not entry.found:
-        return "no difference found"
-    return "higher" if entry.comparison.difference > 0 else "lower"
+    return entry.comparison.verdict(entry.p)
 
 
 def _headings(study: Study, cells: Sequence[Cell]) -> list[str]:

@@ -10,9 +10,6 @@ from adagrpo_train.errors import ConfigError
 from adagrpo_train.functional.statistics import Comparison, Interval, holm, paired_comparison, win_rate
 from adagrpo_train.reports.scored import ALL, Row, Scored, unit_means
 
-NOT_FOUND = "no difference found"
-NOTHING = "nothing to compare"
-
 
 @dataclass(frozen=True)
 class Change:
@@ -33,11 +30,7 @@ class Change:
     @property
     def verdict(self) -> str:
         """higher, lower, that no difference was found, or that nothing has both scores."""
-        if not self.paired.images:
-            return NOTHING
-        if not (self.paired.found and self.p < self.paired.alpha):
-            return NOT_FOUND
-        return "higher" if self.paired.difference > 0 else "lower"
+        return self.paired.verdict(self.p)
 
     def row(self) -> Row:
         """As JSON; null where there is too little to tell."""

@@ -2,7 +2,8 @@
 
 from rich.table import Table
 
-from adagrpo_train.reports.comparison import NOT_FOUND, NOTHING, Changes
+from adagrpo_train.functional.statistics import NOT_FOUND, NOTHING
+from adagrpo_train.reports.comparison import Changes
 from adagrpo_train.reports.scored import ALL, Scored
 
 

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from adagrpo_train import build
 from adagrpo_train.errors import ConfigError
-from adagrpo_train.reports.comparison import NOT_FOUND, NOTHING, compare, largest
+from adagrpo_train.functional.statistics import NOT_FOUND, NOTHING
+from adagrpo_train.reports.comparison import compare, largest
 from adagrpo_train.reports.evaluation import (
     Pictured,
     read_evaluation,
