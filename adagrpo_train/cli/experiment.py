@@ -110,6 +110,7 @@ def _study(options: argparse.Namespace) -> int:
 def _announce(study: "Study", everything: list["Run"], todo: list["Run"], budget: "Budget", folder: Path) -> None:
     """Say what will be run and how long it will take."""
     from adagrpo_train.experiments import estimate
+    from adagrpo_train.reports.page import duration
 
     arms = list(dict.fromkeys(run.arm for run in everything))
     sys.stdout.write(f"{study.question}\n{len(arms)} arms x {study.seeds} seeds, {budget.jobs} at once -> {folder}\n")
@@ -119,7 +120,7 @@ def _announce(study: "Study", everything: list["Run"], todo: list["Run"], budget
     seconds = estimate.study_seconds(todo, pace, budget)
     most = seconds * estimate.MARGIN
     _say(
-        f"{len(todo)} runs: about {_minutes(seconds)}, at most {_minutes(most)} on this machine as busy as it is now, "
+        f"{len(todo)} runs: about {duration(seconds)}, at most {duration(most)} on this machine as busy as it is now, "
         f"until {datetime.now() + timedelta(seconds=most):%H:%M}"
     )
 
@@ -154,12 +155,6 @@ class _Progress:
 def _say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
-
-
-def _minutes(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _cores() -> int:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.reports.costs import machine
-from adagrpo_train.reports.rows import Records, points, read_json, read_records
+from adagrpo_train.reports.rows import Records, points, read_records
 from adagrpo_train.reports.settings_held import differences, held_settings, read_config
 
 FOLDER = Path(__file__).parent / "references"
@@ -209,8 +209,3 @@ def _point(iteration: int, values: Sequence[float], confidence: float, rounding:
     middle = fmean(values)
     numbers = {"mean": middle, "low": middle - half, "high": middle + half}
     return {"iteration": iteration} | {k: round(v, 6) for k, v in numbers.items()} | {"values": list(values)}
-
-
-def shipped() -> dict[str, dict[str, Any]]:
-    """Every reference of the package by its experiment."""
-    return {path.stem: read_json(path) for path in sorted(FOLDER.glob("*.json"))}
