@@ -14,7 +14,7 @@ from torch import Tensor
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime.engine import Engine
-from adagrpo_train.runtime.files import write_whole
+from adagrpo_train.runtime.files import without_nan, write_whole
 from adagrpo_train.runtime.noise import INITIAL, NoiseKey, keyed_noise
 from adagrpo_train.runtime.policy import Policy
 from adagrpo_train.scoring.scorer import Scorer
@@ -43,9 +43,7 @@ class Evaluation:
     def save(self, path: Path) -> None:
         """Write one JSON object per image, so that two evaluations can be compared in pairs."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        columns = {
-            name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in self.scores.items()
-        }
+        columns = {name: without_nan(values.tolist()) for name, values in self.scores.items()}
         rows = [
             {"prompt": text, "class": label} | {name: values[i] for name, values in columns.items()}
             for i, (text, label) in enumerate(zip(self.prompts.texts, self.prompts.classes, strict=True))

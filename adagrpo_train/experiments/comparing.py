@@ -10,6 +10,7 @@ import numpy as np
 from adagrpo_train.experiments.records import Record
 from adagrpo_train.experiments.study import Arm, Run, Study
 from adagrpo_train.functional.statistics import Comparison, bootstrap_interval, holm, paired_comparison
+from adagrpo_train.runtime.files import without_nan
 
 ALPHA = 0.05
 
@@ -93,7 +94,7 @@ def curve_points(records: Sequence[Record], score: str, x: str) -> list[list[flo
             continue  # a run without a single score there: the mean of the others is one of other seeds
         interval = bootstrap_interval(values)
         spent = float(np.mean([record.spent(x, iteration) for record in records]))
-        points.append([spent, float(values.mean()), or_null(interval.low), or_null(interval.high)])
+        points.append([spent, float(values.mean()), *without_nan([*interval])])
     return points
 
 
@@ -101,11 +102,6 @@ def mean(scores: np.ndarray) -> float:
     """Over what is not missing; NaN of nothing."""
     present = scores[np.isfinite(scores)]
     return float(present.mean()) if len(present) else math.nan
-
-
-def or_null(value: float) -> float | None:
-    """As JSON has it."""
-    return None if math.isnan(value) else value
 
 
 def _level_pairs(

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from adagrpo_train.experiments.comparing import Cell, Compared, arms_of, compare_figures, curve_points, mean, or_null
+from adagrpo_train.experiments.comparing import Cell, Compared, arms_of, compare_figures, curve_points, mean
 from adagrpo_train.experiments.study import Analysis, Study
 from adagrpo_train.functional.statistics import Comparison, bootstrap_interval
+from adagrpo_train.runtime.files import without_nan
 
 AXES = {"iteration": "iterations", "evaluations": "network evaluations", "seconds": "seconds of training"}
 
@@ -109,8 +110,8 @@ def difference_bars(title: str, study: Study, compared: Sequence[Compared]) -> d
             {
                 "label": f"{cell}: {level}" if several else level,
                 "value": comparison.difference,
-                "low": or_null(comparison.low),
-                "high": or_null(comparison.high),
+                "low": without_nan(comparison.low),
+                "high": without_nan(comparison.high),
             }
             for cell, level, comparison, _ in compared
             if comparison.images

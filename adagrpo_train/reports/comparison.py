@@ -9,6 +9,7 @@ import numpy as np
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.functional.statistics import Comparison, Interval, holm, paired_comparison, win_rate
 from adagrpo_train.reports.scored import ALL, Row, Scored, unit_means
+from adagrpo_train.runtime.files import without_nan
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,7 @@ class Change:
             "wins_low": self.wins_interval.low,
             "wins_high": self.wins_interval.high,
         }
-        plain = {name: None if math.isnan(value) else value for name, value in figures.items()}
-        return plain | {"verdict": self.verdict}
+        return without_nan(figures) | {"verdict": self.verdict}
 
 
 Changes = dict[str, dict[str, Change]]

@@ -12,7 +12,7 @@ import numpy as np
 
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.evaluator import Evaluation
-from adagrpo_train.runtime.files import write_whole
+from adagrpo_train.runtime.files import without_nan, write_whole
 
 ALL = "all"
 """Stands for the prompts of every class."""
@@ -86,7 +86,7 @@ class Scored:
     def save(self, folder: Path) -> None:
         """Write one JSON object per image, and the summary with the facts beside it."""
         folder.mkdir(parents=True, exist_ok=True)
-        columns = {name: [_plain(value) for value in values.tolist()] for name, values in self.scores.items()}
+        columns = {name: without_nan(values.tolist()) for name, values in self.scores.items()}
         rows = [
             dict(zip(_IDENTITY, identity, strict=True)) | {name: values[i] for name, values in columns.items()}
             for i, identity in enumerate(zip(self.texts, self.classes, self.samples, strict=True))
@@ -172,10 +172,6 @@ def _figures(values: np.ndarray, units: np.ndarray) -> Row:
         "observations": count,
         "missing": int((~np.isfinite(values)).sum()),
     }
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _number(value: float | None) -> float:
