@@ -280,6 +280,21 @@ def test_an_evaluation_keeps_small_images_on_the_rank_that_drew_them(tmp_path: P
     assert evaluation.grid.shape == (4, 16, 16, 3)
 
 
+def test_a_table_says_of_how_many_each_mean_is_and_shows_no_interval_of_one():
+    before = _scored({"total": [0.0, 1.0, 3.0], "other": [1.0, math.nan, 2.0]}, classes="aab")
+    after = replace(before, scores={name: values + 0.5 for name, values in before.scores.items()})
+    written = io.StringIO()
+    console = Console(width=180, highlight=False, file=written)
+    console.print(scores_table(before))
+    console.print(changes_table(before, after, compare(before, after)))
+    cells = [[text.strip() for text in re.split("[│┃]", line)[1:-1]] for line in written.getvalue().splitlines()]
+    rows = [row for row in cells if row[1:]]
+    assert ["a", "", "0.5000 +- 0.5000 (n 2)", "1.0000 (n 1)"] in rows
+    assert ["b", "1", "3.0000", "2.0000"] in rows
+    assert ["+0.5000 [-, -]", "1", "100% [-, -]"] in [row[5:8] for row in rows]
+    assert "nan" not in written.getvalue()
+
+
 def test_tables_name_every_class_and_score_and_take_no_class_for_markup():
     before = _scored({"total": [0.0, 1.0, 0.0, 1.0]}, classes="ab" * 2)
     after = replace(before, classes=("[red]", "b") * 2, subject="new [bold]")
