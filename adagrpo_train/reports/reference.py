@@ -127,7 +127,18 @@ def read_reference(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a reference; it lacks {', '.join(missing)}")
     if not known["points"]:
         raise ConfigError(f"{path}: not a reference; without a point every run would pass")
+    _check_points(known["points"], path)
     return known
+
+
+def _check_points(held: Any, path: Path) -> None:
+    if not isinstance(held, list):
+        raise ConfigError(f"{path}: not a reference; its points are no list")
+    for number, point in enumerate(held, start=1):
+        own = point if isinstance(point, dict) else {}
+        faults = [key for key in ("iteration", "mean", "low", "high") if not isinstance(own.get(key), int | float)]
+        if faults:
+            raise ConfigError(f"{path}: not a reference; its point {number} has no number as {', '.join(faults)}")
 
 
 def make_reference(run_dirs: Sequence[Path], *, confidence: float, rounding: float) -> dict[str, Any]:

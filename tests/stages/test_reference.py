@@ -133,6 +133,37 @@ def test_a_reference_without_points_that_every_run_would_pass_is_neither_made_no
     assert "every run would pass" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        (
+            [{"iteration": 0, "mean": 0.5, "low": 0.4, "high": 0.6}, {"iteration": 10, "mean": 2.0}],
+            "2 has no number as low, high",
+        ),
+        ([{"iteration": 0, "mean": "0.5", "low": 0.4, "high": 0.6}], "1 has no number as mean"),
+        (["a"], "1 has no number as iteration, mean, low, high"),
+        ({"0": 1.0}, "its points are no list"),
+    ],
+)
+def test_a_malformed_point_of_a_reference_is_named(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], points: Any, said: str
+) -> None:
+    run = run_of(tmp_path / "run", [0.5, 2.0])
+    reference.write_text(json.dumps(json.loads(reference.read_text()) | {"points": points}))
+    assert main(["compare", str(run), "--reference", str(reference)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_options_may_stand_before_the_run(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of(tmp_path / "run", [0.5, 7.0], seed=5)
+    assert main(["--reference", str(reference), str(run)]) == 0
+    assert "above at iteration 10" in (run / "report.html").read_text()
+    assert main(["compare", "--reference", str(reference), str(run)]) == 1
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "hold a run against a reference curve" in capsys.readouterr().out
+
+
 def test_the_page_of_a_run_shows_the_verdict(reference: Path, tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", [0.5, 7.0], seed=5)
     page = write_report(run, reference).read_text()
