@@ -44,7 +44,7 @@ Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate. Exit status as of training."""
+    """Evaluate. Exit status as of training, and 130 when interrupted."""
     return run_command(arguments, _HELP, _evaluate)
 
 
