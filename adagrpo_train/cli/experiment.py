@@ -92,7 +92,7 @@ def _study(options: argparse.Namespace) -> int:
         if options.tables:
             return _tell(folder, study, everything)
         todo = [run for run in everything if not runner.finished(run.folder)]
-        if todo:
+        if todo or options.plan:
             _announce(study, everything, todo, budget, folder)
         if options.plan:
             return 0
@@ -114,6 +114,9 @@ def _announce(study: "Study", everything: list["Run"], todo: list["Run"], budget
 
     arms = list(dict.fromkeys(run.arm for run in everything))
     sys.stdout.write(f"{study.question}\n{len(arms)} arms x {study.seeds} seeds, {budget.jobs} at once -> {folder}\n")
+    if not todo:
+        _say(f"all {len(everything)} runs are finished: nothing is left to run")
+        return
     if len(todo) < len(everything):
         sys.stdout.write(f"{len(everything) - len(todo)} of {len(everything)} runs are finished\n")
     pace = estimate.measure(arms, budget, len(everything), folder / "pilot", said=_say)
@@ -121,8 +124,14 @@ def _announce(study: "Study", everything: list["Run"], todo: list["Run"], budget
     most = seconds * estimate.MARGIN
     _say(
         f"{len(todo)} runs: about {duration(seconds)}, at most {duration(most)} on this machine as busy as it is now, "
-        f"until {datetime.now() + timedelta(seconds=most):%H:%M}"
+        f"until {until(datetime.now(), most)}"
     )
+
+
+def until(start: datetime, seconds: float) -> str:
+    """When something ends: the hour, and the day where it is another one."""
+    end = start + timedelta(seconds=seconds)
+    return f"{end:%H:%M}" if end.date() == start.date() else f"{end:%Y-%m-%d %H:%M}"
 
 
 def _tell(folder: Path, study: "Study", everything: list["Run"]) -> int:
