@@ -114,7 +114,8 @@ def make_parts(
     """Model, policy, sampler, rewards, scorer and evaluator; for training the optimizer too.
 
     Args:
-        training: else every prompt of the file is evaluated, evaluation.samples times, and every image kept.
+        training: else every prompt of the file is evaluated, evaluation.samples times, and each rank keeps the
+            images that it draws.
         scoring: rewards that are ready already.
     """
     values = settings.values

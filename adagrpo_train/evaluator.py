@@ -14,20 +14,22 @@ from torch import Tensor
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.rollout.sampler import FlowSampler
 from adagrpo_train.runtime.engine import Engine
-from adagrpo_train.runtime.files import write_whole
+from adagrpo_train.runtime.files import without_nan, write_whole
 from adagrpo_train.runtime.noise import INITIAL, NoiseKey, keyed_noise
 from adagrpo_train.runtime.policy import Policy
 from adagrpo_train.scoring.scorer import Scorer
+from adagrpo_train.tracking.images import thumbnails
 from adagrpo_train.types import Prompts
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of the fixed images, in their fixed order and NaN where missing, and the first few of the images."""
+    """Scores of the fixed images, in their fixed order and NaN where missing, and some of the images."""
 
     prompts: Prompts
     scores: dict[str, Tensor]  # each [N]; "total" and every part
-    grid: np.ndarray  # uint8 [g, H, W, 3], those of the first g prompts
+    grid: np.ndarray  # uint8 [g, H, W, 3]
+    rows: tuple[int, ...]  # which images these are [g]
 
     def metrics(self) -> dict[str, float]:
         """`eval/<part>` for each part, and `eval/<class>/<part>` where the prompts have classes."""
@@ -41,9 +43,7 @@ class Evaluation:
     def save(self, path: Path) -> None:
         """Write one JSON object per image, so that two evaluations can be compared in pairs."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        columns = {
-            name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in self.scores.items()
-        }
+        columns = {name: without_nan(values.tolist()) for name, values in self.scores.items()}
         rows = [
             {"prompt": text, "class": label} | {name: values[i] for name, values in columns.items()}
             for i, (text, label) in enumerate(zip(self.prompts.texts, self.prompts.classes, strict=True))
@@ -59,7 +59,8 @@ class Evaluator:
         images: number of images, over all ranks.
         samples: if not 0, every prompt gets so many images instead, whose noise depends on the line of the prompt and
             not on how many there are.
-        grid_images: how many of them are kept to look at; None keeps all.
+        grid_images: how many of the first images every rank is given to look at; None: each rank keeps those that it
+            has drawn itself, no larger than a grid shows them, because all of full size would fill the memory.
         batch: images per network call.
         seed: of the initial noise; apart from the run's seed, so that runs are compared on the same noise.
         latent_shape: shape of one latent.
@@ -104,7 +105,7 @@ class Evaluator:
         return -(-len(self._prompts) // self._engine.world_size)
 
     def evaluate(self, policy: Policy, drawn: Callable[[int], None] = lambda count: None) -> Evaluation:
-        """Score the fixed images with the averaged weights; every rank returns the whole evaluation.
+        """Score the fixed images with the averaged weights; every rank returns all scores.
 
         Args:
             drawn: told the number of images of each batch once this rank has drawn it.
@@ -123,8 +124,10 @@ class Evaluator:
         parts = {name: self._engine.gather(values)[:total] for name, values in scores.parts.items()}
         self._scorer.calibrate(parts)
         gathered = {"total": self._scorer.total(parts)} | parts
-        pixels = self._engine.gather(torch.from_numpy(images)).numpy()
-        return Evaluation(self._prompts, gathered, pixels[:total][: self._grid_images])
+        if self._grid_images is None:
+            return Evaluation(self._prompts, gathered, np.stack(thumbnails(images)), tuple(rows))
+        pixels = self._engine.gather(torch.from_numpy(images)).numpy()[:total][: self._grid_images]
+        return Evaluation(self._prompts, gathered, pixels, tuple(range(len(pixels))))
 
     @torch.no_grad()
     def _render(self, policy: Policy, rows: list[int], drawn: Callable[[int], None]) -> np.ndarray:

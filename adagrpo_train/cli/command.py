@@ -31,7 +31,7 @@ def with_settings(arguments: list[str] | None, usage: str, act: Callable[[Settin
         usage: what --help prints.
 
     Returns:
-        The exit status: 0 when done, 2 after an error the user can mend.
+        The exit status: 0 when done, 2 after an error the user can mend, 130 when interrupted.
     """
     overrides = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(overrides):
@@ -61,6 +61,9 @@ def with_settings(arguments: list[str] | None, usage: str, act: Callable[[Settin
             # The launcher ends all processes as soon as one is gone, the one that has the report to write among them.
             time.sleep(_LATER_SECONDS)
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
     return 0
 
 

@@ -4,7 +4,7 @@ import gc
 import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adagrpo_train.cli.command import run_command
 from adagrpo_train.settings import Settings
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from adagrpo_train.cli.subjects import Subject
     from adagrpo_train.reports.evaluation import Pictured
     from adagrpo_train.runtime.engine import Engine
-    from adagrpo_train.scoring.scorer import Scorer
 
 _FILE_WIDTH = 180
 """Columns of what is no terminal."""
@@ -45,13 +44,15 @@ Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate. Exit status as of training."""
+    """Evaluate. Exit status as of training, and 130 when interrupted."""
     return run_command(arguments, _HELP, _evaluate)
 
 
 def _evaluate(settings: Settings, engine: "Engine") -> None:
     from adagrpo_train.cli.subjects import find_subject
     from adagrpo_train.errors import ConfigError
+    from adagrpo_train.reports.comparison import check_pairs
+    from adagrpo_train.reports.evaluation import rows_beside
 
     subjects = [find_subject(settings, engine, "resume")]
     if settings.values["against"] is not None:
@@ -59,11 +60,15 @@ def _evaluate(settings: Settings, engine: "Engine") -> None:
     elif subjects[0].scores is not None:
         raise ConfigError(f"resume={settings.values['resume']}: has been evaluated; name another with against=")
     results = _results(settings, engine, subjects)
+    if len(results) == 2:
+        before, after = results
+        engine.together(lambda: check_pairs(before.scored, after.scored))
+        results = [own.gathered(rows_beside(before, after), engine) for own in results]
     engine.together(lambda: _report(settings.run_dir, results) if engine.is_main else None)
 
 
 def _results(settings: Settings, engine: "Engine", subjects: "list[Subject]") -> "list[Pictured]":
-    """Scores and images of each subject, drawn or read, the same on every rank; what is drawn is also written."""
+    """Scores of each subject, drawn or read, the same on every rank, and its images; what is drawn is also written."""
     from adagrpo_train import build, continuation
     from adagrpo_train.reports.evaluation import read_evaluation, save_evaluation
 
@@ -79,19 +84,20 @@ def _results(settings: Settings, engine: "Engine", subjects: "list[Subject]") ->
             for subject in missing:
                 gc.collect()  # the network of the subject before, parts of which refer to each other
                 results[subject.key] = own = _drawn(subject, engine, scoring, settings.run_dir)
+                first = own.scored.to_show(settings.values["evaluation"]["grid_images"])
+                shown = own.gathered(first, engine)
                 if engine.is_main:
                     folder = settings.run_dir / "against" if subject.key == "against" else settings.run_dir
-                    save_evaluation(folder, own, grid_images=settings.values["evaluation"]["grid_images"])
+                    save_evaluation(folder, shown, grid_images=len(first))
     return [results[subject.key] for subject in subjects]
 
 
 def _drawn(subject: "Subject", engine: "Engine", scoring: "Scoring", run_dir: Path) -> "Pictured":
-    """Draw and score; the network is freed afterwards."""
+    """Draw and score; the network is freed afterwards. Each rank has the images that it has drawn."""
     from adagrpo_train import build
     from adagrpo_train.reports.evaluation import Pictured
-    from adagrpo_train.reports.scored import scored
+    from adagrpo_train.reports.scored import facts_of, scored
     from adagrpo_train.tracking.console import counted
-    from adagrpo_train.tracking.images import thumbnails
     from adagrpo_train.tracking.records import missing_scores
 
     parts = build.make_parts(subject.settings, engine, run_dir, training=False, scoring=scoring)
@@ -103,21 +109,13 @@ def _drawn(subject: "Subject", engine: "Engine", scoring: "Scoring", run_dir: Pa
     for name, count in missing_scores(scoring.scorer.drain(evaluation=True), evaluation=True).items():
         if engine.is_main:
             sys.stdout.write(f"{subject.label}: {count} scores of reward {name} are missing\n")
-    record = scored(
-        evaluation, parts.evaluator.samples, subject=subject.label, facts=_facts(subject.settings, scoring.scorer)
+    scorer = scoring.scorer
+    facts = facts_of(
+        subject.settings.values, rewards=scorer.fingerprints, calibration=scorer.state_dict()["calibration"]
     )
-    return Pictured(record, dict(enumerate(thumbnails(evaluation.grid))))
-
-
-def _facts(settings: Settings, scorer: "Scorer") -> dict[str, Any]:
-    """What scores depend on beside the model and the prompts."""
-    values = settings.values
-    trained = {name: own["weights"] for name, own in values["reward"].items() if own["role"] == "train"}
-    return {
-        "noise": {"seed": values["evaluation"]["seed"], "resolution": values["model"]["resolution"]},
-        "rewards": scorer.fingerprints,
-        "total": {"weights": trained, "calibration": scorer.state_dict()["calibration"]},
-    }
+    record = scored(evaluation, parts.evaluator.samples, subject=subject.label, facts=facts)
+    images = dict(zip(evaluation.rows, evaluation.grid, strict=True))
+    return Pictured(record, images, frozenset(range(len(record))))
 
 
 def _report(run_dir: Path, results: "list[Pictured]") -> None:

@@ -92,7 +92,7 @@ def _study(options: argparse.Namespace) -> int:
         if options.tables:
             return _tell(folder, study, everything)
         todo = [run for run in everything if not runner.finished(run.folder)]
-        if todo:
+        if todo or options.plan:
             _announce(study, everything, todo, budget, folder)
         if options.plan:
             return 0
@@ -110,18 +110,28 @@ def _study(options: argparse.Namespace) -> int:
 def _announce(study: "Study", everything: list["Run"], todo: list["Run"], budget: "Budget", folder: Path) -> None:
     """Say what will be run and how long it will take."""
     from adagrpo_train.experiments import estimate
+    from adagrpo_train.reports.page import duration
 
     arms = list(dict.fromkeys(run.arm for run in everything))
     sys.stdout.write(f"{study.question}\n{len(arms)} arms x {study.seeds} seeds, {budget.jobs} at once -> {folder}\n")
+    if not todo:
+        _say(f"all {len(everything)} runs are finished: nothing is left to run")
+        return
     if len(todo) < len(everything):
         sys.stdout.write(f"{len(everything) - len(todo)} of {len(everything)} runs are finished\n")
     pace = estimate.measure(arms, budget, len(everything), folder / "pilot", said=_say)
     seconds = estimate.study_seconds(todo, pace, budget)
     most = seconds * estimate.MARGIN
     _say(
-        f"{len(todo)} runs: about {_minutes(seconds)}, at most {_minutes(most)} on this machine as busy as it is now, "
-        f"until {datetime.now() + timedelta(seconds=most):%H:%M}"
+        f"{len(todo)} runs: about {duration(seconds)}, at most {duration(most)} on this machine as busy as it is now, "
+        f"until {until(datetime.now(), most)}"
     )
+
+
+def until(start: datetime, seconds: float) -> str:
+    """When something ends: the hour, and the day where it is another one."""
+    end = start + timedelta(seconds=seconds)
+    return f"{end:%H:%M}" if end.date() == start.date() else f"{end:%Y-%m-%d %H:%M}"
 
 
 def _tell(folder: Path, study: "Study", everything: list["Run"]) -> int:
@@ -154,12 +164,6 @@ class _Progress:
 def _say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
-
-
-def _minutes(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _cores() -> int:

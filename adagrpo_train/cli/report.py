@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Draw pages and compare runs. Returns the exit status: 0 when done or passed, 1 when not, 2 after an error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser, commands = _parser()
-    if words and not words[0].startswith("-") and words[0] not in commands:
+    if words and words[0] not in (*commands, "-h", "--help"):
         words.insert(0, "draw")
     options = parser.parse_args(words)
     try:

@@ -1,7 +1,6 @@
 """`adagrpo-train`."""
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,14 +82,14 @@ def _summarise(run_dir: Path, best: "Best | None", last: int) -> None:
     The export holds the last weights, whichever were the best.
     """
     from adagrpo_train.evaluator import paired_gain, read_scores
-    from adagrpo_train.runtime.files import write_whole
+    from adagrpo_train.runtime.files import without_nan, write_whole
 
     files = sorted((run_dir / "evaluations").glob("*.jsonl"))
     before, after = read_scores(files[0]), read_scores(files[-1])
     summary: dict[str, Any] = {"images": len(next(iter(before.values()))), "heldout": {}}
     for name in (name for name in before if name in after):  # a reward that was let change may name other metrics
         change = paired_gain(before[name], after[name])
-        summary["heldout"][name] = {key: None if math.isnan(v) else v for key, v in change._asdict().items()}
+        summary["heldout"][name] = without_nan(change._asdict())
         sys.stdout.write(
             f"held-out {name:<7} {change.before:.3f} -> {change.after:.3f}   gain {change.gain:+.3f} +- "
             f"{change.standard_error:.3f} (paired over {summary['images']} fixed images)\n"

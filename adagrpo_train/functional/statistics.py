@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
+NOT_FOUND = "no difference found"
+NOTHING = "nothing to compare"
 _RESAMPLES = 10_000
 _CELLS = 2**22  # counts held at a time, 32 MiB
 
@@ -60,16 +62,17 @@ class Comparison:
         """The p-value that decides."""
         return self.p_seeds if self.seeds > 1 else self.p_images
 
-    @property
-    def verdict(self) -> str:
-        """The result in a sentence."""
+    def verdict(self, p: float) -> str:
+        """higher, lower, NOT_FOUND or NOTHING.
+
+        Args:
+            p: that counts in the place of the one that decides, such as that after holm().
+        """
         if not self.images:
-            return "nothing to compare: no image has both scores"
-        over = f"{self.seeds} seeds" if self.seeds > 1 else "images of one seed"
-        figures = f"{self.difference:+.4f} [{self.low:+.4f}, {self.high:+.4f}], p = {self.p:.2g} over {over}"
-        if not self.found:
-            return f"no difference found: {figures}"
-        return f"{'higher' if self.difference > 0 else 'lower'}: {figures}"
+            return NOTHING
+        if not (self.found and p < self.alpha):
+            return NOT_FOUND
+        return "higher" if self.difference > 0 else "lower"
 
 
 def bootstrap_interval(

@@ -9,6 +9,7 @@ from adagrpo_train.errors import ConfigError
 from adagrpo_train.health.best import Best, heldout_gain
 from adagrpo_train.health.change import paired, unpaired
 from adagrpo_train.health.streak import Compare, Streak, follow
+from adagrpo_train.runtime.files import without_nan
 
 _TOTAL = "total"
 
@@ -149,8 +150,8 @@ class Health:
     def state_dict(self) -> dict[str, Any]:
         return {
             "last": self._last,
-            "first": {name: _nulls(values) for name, values in self._first.items()},
-            "streaks": {name: _plain(streak) for name, streak in self._streaks.items()},
+            "first": without_nan(self._first),
+            "streaks": {name: without_nan(asdict(streak)) for name, streak in self._streaks.items()},
             "trained": list(self._trained),
             "best": self._best,
         }
@@ -199,18 +200,9 @@ def _alert(alarm: _Alarm, name: str, streak: Streak, scores: list[float], traine
     )
 
 
-def _plain(streak: Streak) -> dict[str, Any]:
-    return {name: _nulls(value) if isinstance(value, list) else value for name, value in asdict(streak).items()}
-
-
 def _streak(values: dict[str, Any]) -> Streak:
     whole: dict[str, Any] = {name: _nans(value) if isinstance(value, list) else value for name, value in values.items()}
     return Streak(**whole)
-
-
-def _nulls(values: list[float]) -> list[float | None]:
-    """JSON has no NaN."""
-    return [None if math.isnan(value) else value for value in values]
 
 
 def _nans(values: list[float | None]) -> list[float]:

@@ -1,7 +1,6 @@
 """The record of one iteration on disk: README.md in this folder describes every name."""
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adagrpo_train.errors import ConfigError
-from adagrpo_train.runtime.files import sha256, whole_folder
+from adagrpo_train.runtime.files import sha256, whole_folder, without_nan
 from adagrpo_train.types import Prompts
 
 _FORMAT = 1
@@ -54,7 +53,7 @@ def write_record(folder: Path, record: Record, pictures: Mapping[str, Mapping[st
     """
     target = folder / f"{record.iteration:06d}"
     with whole_folder(target) as draft:
-        (draft / _HEAD).write_text(json.dumps(_finite(record.head), allow_nan=False, indent=1), encoding="utf-8")
+        (draft / _HEAD).write_text(json.dumps(without_nan(record.head), allow_nan=False, indent=1), encoding="utf-8")
         (draft / _PROMPTS).write_text("".join(_lines(record)), encoding="utf-8")
         for name, tensors in {_TENSORS: record.tensors, **pictures}.items():
             if tensors:
@@ -120,17 +119,8 @@ def _lines(record: Record) -> list[str]:
         line = {"row": row, "prompt_id": prompt_id, "text": text, "class": label, "chosen": ranks.get(row)}
         line |= {"score": None if total is None else float(total[row])}
         line |= {"parts": {name: float(values[row]) for name, values in parts.items()}}
-        lines.append(json.dumps(_finite(line), allow_nan=False, ensure_ascii=False) + "\n")
+        lines.append(json.dumps(without_nan(line), allow_nan=False, ensure_ascii=False) + "\n")
     return lines
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan: a figure that does not exist is null."""
-    if isinstance(value, dict):
-        return {key: _finite(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(child) for child in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def order(sample: Tensor, sigma: Tensor) -> Tensor:

@@ -9,9 +9,7 @@ import numpy as np
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.functional.statistics import Comparison, Interval, holm, paired_comparison, win_rate
 from adagrpo_train.reports.scored import ALL, Row, Scored, unit_means
-
-NOT_FOUND = "no difference found"
-NOTHING = "nothing to compare"
+from adagrpo_train.runtime.files import without_nan
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,7 @@ class Change:
     @property
     def verdict(self) -> str:
         """higher, lower, that no difference was found, or that nothing has both scores."""
-        if not self.paired.images:
-            return NOTHING
-        if not (self.paired.found and self.p < self.paired.alpha):
-            return NOT_FOUND
-        return "higher" if self.paired.difference > 0 else "lower"
+        return self.paired.verdict(self.p)
 
     def row(self) -> Row:
         """As JSON; null where there is too little to tell."""
@@ -54,8 +48,7 @@ class Change:
             "wins_low": self.wins_interval.low,
             "wins_high": self.wins_interval.high,
         }
-        plain = {name: None if math.isnan(value) else value for name, value in figures.items()}
-        return plain | {"verdict": self.verdict}
+        return without_nan(figures) | {"verdict": self.verdict}
 
 
 Changes = dict[str, dict[str, Change]]
@@ -68,10 +61,33 @@ def compare(before: Scored, after: Scored) -> Changes:
     An image counts only where both models have the score. See Scored.units for what an observation is.
 
     Raises:
+        ConfigError: as of check_pairs().
+    """
+    check_pairs(before, after)
+    return {name: _of_score(before, after, name) for name in after.scores if name in before.scores}
+
+
+def check_pairs(before: Scored, after: Scored) -> None:
+    """Refuse what compare() cannot compare.
+
+    Raises:
         ConfigError: the two were not scored on the same prompts and noise by the same rewards.
     """
-    _check_pairs(before, after)
-    return {name: _of_score(before, after, name) for name in after.scores if name in before.scores}
+    remedy = "evaluate both with the same settings: adagrpo-eval resume=... against=..."
+    ours, theirs = (list(zip(s.texts, s.classes, s.samples, strict=True)) for s in (after, before))
+    if ours != theirs:
+        different = [pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]]
+        where = f"the first that differ are {different[0][0]} and {different[0][1]}" if different else "one goes on"
+        raise ConfigError(
+            f"against: {len(after)} images of {after.subject}, {len(before)} of {before.subject}, and not of the same "
+            f"prompts and samples: {where}; {remedy}"
+        )
+    for name in sorted(before.facts.keys() | after.facts.keys()):
+        fault = _differing(name, before.facts.get(name), after.facts.get(name))
+        if fault:
+            raise ConfigError(f"against: {fault} between {before.subject} and {after.subject}; {remedy}")
+    if not before.scores.keys() & after.scores.keys():
+        raise ConfigError(f"against: {before.subject} and {after.subject} have no score in common; {remedy}")
 
 
 def as_json(before: Scored, after: Scored, changes: Changes) -> Row:
@@ -107,27 +123,12 @@ def _paired(first: np.ndarray, second: np.ndarray) -> tuple[Comparison, tuple[fl
     return paired_comparison(first[None], second[None]), win_rate(first, second)
 
 
-def _check_pairs(before: Scored, after: Scored) -> None:
-    remedy = "evaluate both with the same settings: adagrpo-eval resume=... against=..."
-    ours, theirs = (list(zip(s.texts, s.classes, s.samples, strict=True)) for s in (after, before))
-    if ours != theirs:
-        different = [pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]]
-        where = f"the first that differ are {different[0][0]} and {different[0][1]}" if different else "one goes on"
-        raise ConfigError(
-            f"against: {len(after)} images of {after.subject}, {len(before)} of {before.subject}, and not of the same "
-            f"prompts and samples: {where}; {remedy}"
-        )
-    for name in sorted(before.facts.keys() | after.facts.keys()):
-        fault = _differing(name, before.facts.get(name), after.facts.get(name))
-        if fault:
-            raise ConfigError(f"against: {fault} between {before.subject} and {after.subject}; {remedy}")
-    if not before.scores.keys() & after.scores.keys():
-        raise ConfigError(f"against: {before.subject} and {after.subject} have no score in common; {remedy}")
-
-
 def _differing(name: str, first: Any, second: Any) -> str:
     """What differs in a fact, "" if nothing does; of rewards only those that both have are compared."""
-    if name == "rewards" and isinstance(first, dict) and isinstance(second, dict):
+    if not (isinstance(first, dict) and isinstance(second, dict)):
+        return f"{name} differs ({first or 'not recorded'} and {second or 'not recorded'})" if first != second else ""
+    if name == "rewards":
         changed = [reward for reward in first.keys() & second.keys() if first[reward] != second[reward]]
         return f"the fingerprint of reward {changed[0]} differs" if changed else ""
-    return f"{name} differs ({first} and {second})" if first != second else ""
+    changed = [key for key in sorted(first.keys() | second.keys()) if first.get(key) != second.get(key)]
+    return f"{name}.{changed[0]} differs ({first.get(changed[0])} and {second.get(changed[0])})" if changed else ""

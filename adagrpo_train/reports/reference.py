@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.reports.costs import machine
-from adagrpo_train.reports.rows import Records, points, read_json, read_records
+from adagrpo_train.reports.rows import Records, points, read_records
 from adagrpo_train.reports.settings_held import differences, held_settings, read_config
 
 FOLDER = Path(__file__).parent / "references"
@@ -127,7 +127,18 @@ def read_reference(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a reference; it lacks {', '.join(missing)}")
     if not known["points"]:
         raise ConfigError(f"{path}: not a reference; without a point every run would pass")
+    _check_points(known["points"], path)
     return known
+
+
+def _check_points(held: Any, path: Path) -> None:
+    if not isinstance(held, list):
+        raise ConfigError(f"{path}: not a reference; its points are no list")
+    for number, point in enumerate(held, start=1):
+        own = point if isinstance(point, dict) else {}
+        faults = [key for key in ("iteration", "mean", "low", "high") if not isinstance(own.get(key), int | float)]
+        if faults:
+            raise ConfigError(f"{path}: not a reference; its point {number} has no number as {', '.join(faults)}")
 
 
 def make_reference(run_dirs: Sequence[Path], *, confidence: float, rounding: float) -> dict[str, Any]:
@@ -209,8 +220,3 @@ def _point(iteration: int, values: Sequence[float], confidence: float, rounding:
     middle = fmean(values)
     numbers = {"mean": middle, "low": middle - half, "high": middle + half}
     return {"iteration": iteration} | {k: round(v, 6) for k, v in numbers.items()} | {"values": list(values)}
-
-
-def shipped() -> dict[str, dict[str, Any]]:
-    """Every reference of the package by its experiment."""
-    return {path.stem: read_json(path) for path in sorted(FOLDER.glob("*.json"))}

@@ -12,12 +12,14 @@ import numpy as np
 
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.evaluator import Evaluation
-from adagrpo_train.runtime.files import write_whole
+from adagrpo_train.runtime.files import without_nan, write_whole
 
 ALL = "all"
 """Stands for the prompts of every class."""
 ROWS, FACTS = "evaluation.jsonl", "evaluation.json"
 _IDENTITY = ("prompt", "class", "sample")
+_SAME_IMAGES = ("path", "decode_batch", "guidance_gradient")
+"""Settings of a model that do not change how it draws: which one it is, memory, and how it is trained."""
 
 Row = dict[str, Any]
 
@@ -84,7 +86,7 @@ class Scored:
     def save(self, folder: Path) -> None:
         """Write one JSON object per image, and the summary with the facts beside it."""
         folder.mkdir(parents=True, exist_ok=True)
-        columns = {name: [_plain(value) for value in values.tolist()] for name, values in self.scores.items()}
+        columns = {name: without_nan(values.tolist()) for name, values in self.scores.items()}
         rows = [
             dict(zip(_IDENTITY, identity, strict=True)) | {name: values[i] for name, values in columns.items()}
             for i, identity in enumerate(zip(self.texts, self.classes, self.samples, strict=True))
@@ -100,6 +102,24 @@ def scored(evaluation: Evaluation, samples: tuple[int, ...], *, subject: str, fa
     scores = {name: values.double().numpy() for name, values in evaluation.scores.items()}
     plain = json.loads(json.dumps(facts))  # as a file would give them back
     return Scored(subject, prompts.texts, prompts.classes, samples, scores, plain)
+
+
+def facts_of(values: Row, *, rewards: dict[str, str], calibration: Any) -> Row:
+    """What scores depend on beside the model and the prompts, by the keys of the settings where there are some.
+
+    Args:
+        values: the resolved settings.
+        rewards: reward -> its fingerprint.
+        calibration: the scale of the total, as the scorer keeps it.
+    """
+    trained = {name: own["weights"] for name, own in values["reward"].items() if own["role"] == "train"}
+    return {
+        "evaluation": {"seed": values["evaluation"]["seed"]},
+        "model": {key: value for key, value in values["model"].items() if key not in _SAME_IMAGES},
+        "network": {"autocast": values["network"]["autocast"]},
+        "rewards": rewards,
+        "total": {"weights": trained, "calibration": calibration},
+    }
 
 
 def read_scored(folder: Path, *, key: str) -> Scored:
@@ -152,10 +172,6 @@ def _figures(values: np.ndarray, units: np.ndarray) -> Row:
         "observations": count,
         "missing": int((~np.isfinite(values)).sum()),
     }
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _number(value: float | None) -> float:

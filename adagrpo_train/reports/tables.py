@@ -1,9 +1,12 @@
 """Tables of evaluations and comparisons for the console."""
 
+import math
+
 from rich.table import Table
 
-from adagrpo_train.reports.comparison import NOT_FOUND, NOTHING, Changes
-from adagrpo_train.reports.scored import ALL, Scored
+from adagrpo_train.functional.statistics import NOT_FOUND, NOTHING, Interval
+from adagrpo_train.reports.comparison import Changes
+from adagrpo_train.reports.scored import ALL, Row, Scored
 
 
 def scores_table(scored: Scored) -> Table:
@@ -19,8 +22,11 @@ def scores_table(scored: Scored) -> Table:
         cells = [rows[label] for rows in summary.values()]
         if label == ALL and len(labels) > 1:
             table.add_section()
-        count = max(cell["observations"] for cell in cells)
-        table.add_row(label, str(count), *(_mean(cell["mean"], cell["standard_error"]) for cell in cells))
+        counts = {cell["observations"] for cell in cells}
+        common = str(*counts) if len(counts) == 1 else ""  # else each says its own
+        table.add_row(
+            label, common, *(_mean(cell) if common else f"{_mean(cell)} (n {cell['observations']})" for cell in cells)
+        )
     return table
 
 
@@ -44,9 +50,9 @@ def changes_table(before: Scored, after: Scored, changes: Changes) -> Table:
                 str(paired.images),
                 f"{paired.before:.4f}",
                 f"{paired.after:.4f}",
-                f"{paired.difference:+.4f} [{paired.low:+.4f}, {paired.high:+.4f}]",
+                f"{paired.difference:+.4f} {_ends(Interval(paired.low, paired.high), '+.4f')}",
                 f"{change.p:.2g}",
-                f"{change.wins:.0%} [{change.wins_interval.low:.0%}, {change.wins_interval.high:.0%}]",
+                f"{change.wins:.0%} {_ends(change.wins_interval, '.0%')}",
                 verdict,
                 style="dim" if verdict == NOT_FOUND else None,
             )
@@ -54,7 +60,14 @@ def changes_table(before: Scored, after: Scored, changes: Changes) -> Table:
     return table
 
 
-def _mean(mean: float | None, error: float | None) -> str:
+def _mean(figures: Row) -> str:
+    mean, error = figures["mean"], figures["standard_error"]
     if mean is None:
         return "none"
     return f"{mean:.4f}" if error is None else f"{mean:.4f} +- {error:.4f}"
+
+
+def _ends(interval: Interval, form: str) -> str:
+    """An interval; of one observation there is none."""
+    low, high = ("-" if math.isnan(end) else f"{end:{form}}" for end in interval)
+    return f"[{low}, {high}]"

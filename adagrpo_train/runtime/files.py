@@ -1,11 +1,13 @@
 """Files and folders that are wholly there or not at all, and fingerprints of what they hold."""
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _WHOLE_BYTES, _END_BYTES = 16 * 2**20, 2**20
 
@@ -41,6 +43,15 @@ def write_whole(path: Path, text: str) -> None:
     draft.write_text(text, encoding="utf-8")
     _flush(draft)
     os.replace(draft, path)
+
+
+def without_nan(value: Any) -> Any:
+    """The same numbers, texts and containers for JSON, which has no nan: a figure that does not exist is null."""
+    if isinstance(value, dict):
+        return {key: without_nan(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sha256(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from adagrpo_train.runtime.environment import environment
+from adagrpo_train.runtime.files import without_nan
 from adagrpo_train.tracking.images import save_grid
 from adagrpo_train.tracking.records import keep_until
 from adagrpo_train.types import JudgedSamples, RunInfo, SelectedPrompt
@@ -73,12 +73,7 @@ class JsonlTracker:
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         with (self._dir / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no nan: a figure that does not exist is null."""
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+            file.writelines(json.dumps(without_nan(row), allow_nan=False) + "\n" for row in rows)
 
 
 def _write_config(path: Path, config: dict[str, Any]) -> None:

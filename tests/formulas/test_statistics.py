@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from adagrpo_train.functional import statistics
-from adagrpo_train.functional.statistics import bootstrap_interval, expansion, holm, paired_comparison, win_rate
+from adagrpo_train.functional.statistics import (
+    NOT_FOUND,
+    NOTHING,
+    bootstrap_interval,
+    expansion,
+    holm,
+    paired_comparison,
+    win_rate,
+)
 
 
 def _normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -91,8 +99,8 @@ def test_seeds_that_disagree_are_no_difference_however_many_images_there_are():
     result = paired_comparison(np.zeros_like(difference), difference)
     assert result.p_images < 1e-6
     assert not result.found
-    assert "no difference found" in result.verdict
-    assert "3 seeds" in result.verdict
+    assert result.verdict(result.p) == NOT_FOUND
+    assert result.seeds == 3
 
 
 def test_the_p_values_are_those_of_scipy_on_the_means():
@@ -112,7 +120,8 @@ def test_one_seed_is_a_comparison_of_two_checkpoints_over_their_images():
     assert math.isnan(result.p_seeds)
     assert result.p == result.p_images < 0.05
     assert result.found
-    assert result.verdict.startswith("higher: +0.")
+    assert result.verdict(result.p) == "higher"
+    assert result.verdict(0.05) == NOT_FOUND  # after a correction
     # Rows are one, so only images are drawn: the interval is that of the differences.
     differences = 0.1 + 0.3 * _normal(200, seed=3)
     assert (result.low, result.high) == pytest.approx(bootstrap_interval(differences), abs=0.004)
@@ -152,7 +161,7 @@ def test_nothing_to_compare_is_said():
     result = paired_comparison(np.full((2, 3), math.nan), np.zeros((2, 3)))
     assert (result.images, result.found) == (0, False)
     assert math.isnan(result.difference)
-    assert "nothing to compare" in result.verdict
+    assert result.verdict(result.p) == NOTHING
 
 
 def test_runs_of_different_images_are_not_paired():

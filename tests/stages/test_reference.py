@@ -9,7 +9,7 @@ import yaml
 
 from adagrpo_train.cli.report import main
 from adagrpo_train.errors import ConfigError
-from adagrpo_train.reports.reference import make_reference, shipped
+from adagrpo_train.reports.reference import FOLDER, make_reference, read_reference
 from adagrpo_train.reports.run_page import write_report
 from adagrpo_train.reports.settings_held import differences
 from adagrpo_train.settings import read_settings
@@ -133,6 +133,37 @@ def test_a_reference_without_points_that_every_run_would_pass_is_neither_made_no
     assert "every run would pass" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        (
+            [{"iteration": 0, "mean": 0.5, "low": 0.4, "high": 0.6}, {"iteration": 10, "mean": 2.0}],
+            "2 has no number as low, high",
+        ),
+        ([{"iteration": 0, "mean": "0.5", "low": 0.4, "high": 0.6}], "1 has no number as mean"),
+        (["a"], "1 has no number as iteration, mean, low, high"),
+        ({"0": 1.0}, "its points are no list"),
+    ],
+)
+def test_a_malformed_point_of_a_reference_is_named(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], points: Any, said: str
+) -> None:
+    run = run_of(tmp_path / "run", [0.5, 2.0])
+    reference.write_text(json.dumps(json.loads(reference.read_text()) | {"points": points}))
+    assert main(["compare", str(run), "--reference", str(reference)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_options_may_stand_before_the_run(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of(tmp_path / "run", [0.5, 7.0], seed=5)
+    assert main(["--reference", str(reference), str(run)]) == 0
+    assert "above at iteration 10" in (run / "report.html").read_text()
+    assert main(["compare", "--reference", str(reference), str(run)]) == 1
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "hold a run against a reference curve" in capsys.readouterr().out
+
+
 def test_the_page_of_a_run_shows_the_verdict(reference: Path, tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", [0.5, 7.0], seed=5)
     page = write_report(run, reference).read_text()
@@ -161,7 +192,7 @@ def test_runs_that_are_not_seeds_of_one_experiment_make_no_reference(
 
 
 def test_shipped_references_hold_for_the_shipped_experiments_as_they_are() -> None:
-    known = shipped()
+    known = {path.stem: read_reference(path) for path in FOLDER.glob("*.json")}
     assert set(known) == {"tiny_demo"}
     for name, reference in known.items():
         assert reference["experiment"] == name and len(reference["seeds"]) >= 5

@@ -2,22 +2,36 @@
 
 import io
 import math
+import re
+from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
+from adagrpo_train import build
 from adagrpo_train.errors import ConfigError
-from adagrpo_train.reports.comparison import NOT_FOUND, NOTHING, compare, largest
-from adagrpo_train.reports.evaluation import Pictured, read_evaluation, save_comparison, save_evaluation
+from adagrpo_train.functional.statistics import NOT_FOUND, NOTHING
+from adagrpo_train.reports.comparison import compare, largest
+from adagrpo_train.reports.evaluation import (
+    Pictured,
+    read_evaluation,
+    rows_beside,
+    save_comparison,
+    save_evaluation,
+)
 from adagrpo_train.reports.pairs import Pair, Section, side_by_side
-from adagrpo_train.reports.scored import ALL, Scored, read_scored, unit_means
+from adagrpo_train.reports.scored import ALL, Scored, facts_of, read_scored, unit_means
 from adagrpo_train.reports.tables import changes_table, scores_table
+from adagrpo_train.settings import read_settings
+from tests.support import SMALL, alone
 
-FACTS = {"noise": {"seed": 1}, "rewards": {"shapes": "v1", "clip": "v1"}}
+FACTS: dict[str, Any] = {"noise": {"seed": 1}, "rewards": {"shapes": "v1", "clip": "v1"}}
 
 
 def _scored(scores: dict[str, list[float]], *, samples: int = 1, classes: str = "") -> Scored:
@@ -132,7 +146,8 @@ def test_a_clear_change_is_higher_one_way_and_lower_the_other():
     [
         ({"texts": ("p0", "q")}, r"not of the same prompts and samples.*'q'.*'p1'"),
         ({"samples": (0, 1)}, "not of the same prompts and samples"),
-        ({"facts": FACTS | {"noise": {"seed": 2}}}, "noise differs"),
+        ({"facts": FACTS | {"noise": {"seed": 2}}}, r"noise\.seed differs \(1 and 2\)"),
+        ({"facts": {"rewards": FACTS["rewards"]}}, r"noise differs \(\{'seed': 1\} and not recorded\)"),
         ({"facts": FACTS | {"rewards": {"shapes": "v2"}}}, "fingerprint of reward shapes differs"),
         ({"scores": {"other": np.zeros(2)}}, "no score in common"),
     ],
@@ -141,6 +156,42 @@ def test_evaluations_of_other_images_or_rewards_are_not_compared(change: dict, m
     own = _scored({"total": [0.0, 1.0]})
     with pytest.raises(ConfigError, match=message):
         compare(own, replace(own, **change))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model.num_steps", 5),
+        ("model.guidance_scale", 2.0),
+        ("model.schedule", "sd3"),
+        ("model.dtype", "bfloat16"),
+        ("model.resolution", 64),
+        ("network.autocast", "bfloat16"),
+        ("evaluation.seed", 9),
+    ],
+)
+def test_stored_evaluations_that_were_drawn_differently_are_not_compared(tmp_path: Path, key: str, value: Any):
+    values = _defaults()
+    section, name = key.split(".")
+    other = values | {section: values[section] | {name: value}}
+    for folder, drawn in (("one", values), ("two", other)):
+        facts = facts_of(drawn, rewards={}, calibration={})
+        replace(_scored({"total": [0.0, 1.0]}), facts=facts).save(tmp_path / folder)
+    one, two = (read_scored(tmp_path / folder, key="against") for folder in ("one", "two"))
+    with pytest.raises(ConfigError, match=rf"{re.escape(key)} differs \({values[section][name]} and {value}\)"):
+        compare(one, two)
+
+
+def test_another_model_that_needs_less_memory_draws_the_same_images():
+    values = _defaults()
+    other = values | {"model": values["model"] | {"path": "elsewhere", "decode_batch": 1}}
+    one, two = (facts_of(drawn, rewards={}, calibration={}) for drawn in (values, other))
+    assert one == two
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return read_settings([]).values  # takes a third of a second
 
 
 def test_a_reward_that_one_side_lacks_is_no_obstacle():
@@ -181,7 +232,7 @@ def test_large_images_are_shrunk_and_long_prompts_cut():
 
 def _pictured(scores: list[float], shade: int) -> Pictured:
     own = _scored({"total": scores}, classes="ab" * (len(scores) // 2))
-    return Pictured(own, {row: _flat(shade + row) for row in range(len(scores))})
+    return Pictured(own, {row: _flat(shade + row) for row in range(len(scores))}, frozenset(range(len(scores))))
 
 
 def test_pictures_of_an_evaluation_are_read_again_and_shown_beside_others(tmp_path: Path):
@@ -195,6 +246,53 @@ def test_pictures_of_an_evaluation_are_read_again_and_shown_beside_others(tmp_pa
     save_comparison(tmp_path / "out", back, after, compare(back.scored, after.scored))
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert [_share(picture, 90 + row) for row in range(4)] == [128 * 128] * 3 + [0]
+
+
+def test_beside_each_other_are_shown_the_rows_that_a_rank_is_told_to_have(tmp_path: Path):
+    gains = np.random.default_rng(0).normal(size=60)
+    before, after = _pictured([0.0] * 60, 10), _pictured(gains.tolist(), 90)
+    rows = rows_beside(before, after)
+    assert rows[:12] == list(range(12))
+    assert rows[12:24] == np.argsort(-gains)[:12].tolist()
+    assert rows[24:] == np.argsort(gains)[:12].tolist()
+    changes = compare(before.scored, after.scored)
+    before, after = (side.gathered(rows, alone()) for side in (before, after))
+    assert before.images.keys() == after.images.keys() == set(rows)
+    save_comparison(tmp_path, before, after, changes)
+    with Image.open(tmp_path / "comparison.png") as picture:
+        for row in (rows[0], rows[12], rows[-1]):
+            assert _share(picture, 90 + row) == rows.count(row) * 128 * 128
+
+
+def test_an_evaluation_keeps_small_images_on_the_rank_that_drew_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("adagrpo_train.tracking.images._LARGEST", 16)
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares")
+    settings = read_settings([*SMALL, f"prompts.evaluation_path={tmp_path / 'prompts.txt'}", "evaluation.samples=2"])
+    engine, gathered = build.make_engine(settings), list[tuple[int, ...]]()
+    gather = engine.gather
+    monkeypatch.setattr(engine, "gather", lambda values: gathered.append(values.shape) or gather(values))
+    parts = build.make_parts(settings, engine, tmp_path, training=False)
+    parts.encoder.prepare(parts.evaluator.texts)
+    with closing(parts.rewards):
+        evaluation = parts.evaluator.evaluate(parts.policy)
+    assert set(gathered) == {(4,)}  # scores alone
+    assert evaluation.rows == (0, 1, 2, 3)
+    assert evaluation.grid.shape == (4, 16, 16, 3)
+
+
+def test_a_table_says_of_how_many_each_mean_is_and_shows_no_interval_of_one():
+    before = _scored({"total": [0.0, 1.0, 3.0], "other": [1.0, math.nan, 2.0]}, classes="aab")
+    after = replace(before, scores={name: values + 0.5 for name, values in before.scores.items()})
+    written = io.StringIO()
+    console = Console(width=180, highlight=False, file=written)
+    console.print(scores_table(before))
+    console.print(changes_table(before, after, compare(before, after)))
+    cells = [[text.strip() for text in re.split("[│┃]", line)[1:-1]] for line in written.getvalue().splitlines()]
+    rows = [row for row in cells if row[1:]]
+    assert ["a", "", "0.5000 +- 0.5000 (n 2)", "1.0000 (n 1)"] in rows
+    assert ["b", "1", "3.0000", "2.0000"] in rows
+    assert ["+0.5000 [-, -]", "1", "100% [-, -]"] in [row[5:8] for row in rows]
+    assert "nan" not in written.getvalue()
 
 
 def test_tables_name_every_class_and_score_and_take_no_class_for_markup():

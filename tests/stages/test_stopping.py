@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from adagrpo_train.cli.command import with_settings
 from adagrpo_train.runtime import stopping
 from adagrpo_train.runtime.stopping import StopRequest
 
@@ -29,6 +30,15 @@ def test_asking_again_later_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> No
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert with_settings([], "", lambda settings: signal.raise_signal(signal.SIGINT)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_handlers_are_given_back() -> None:

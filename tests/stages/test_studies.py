@@ -2,13 +2,14 @@
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from adagrpo_train.cli.experiment import main
+from adagrpo_train.cli.experiment import main, until
 from adagrpo_train.errors import ConfigError
 from adagrpo_train.experiments import estimate, ledger
 from adagrpo_train.experiments.analysis import analyse
@@ -326,6 +327,23 @@ def test_the_command_names_what_is_wrong_before_anything_runs(
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_a_finished_study_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = read_study("efficiency", overrides=[], seeds=1)
+    for run in runs(study, tmp_path):
+        run.folder.mkdir(parents=True)
+        (run.folder / "summary.json").write_text("{}")
+    assert main(["efficiency", "--seeds", "1", "--out", str(tmp_path), "--plan"]) == 0
+    assert "all 2 runs are finished: nothing is left to run" in capsys.readouterr().out
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_an_end_on_another_day_is_told_with_the_day() -> None:
+    start = datetime(2026, 3, 30, 22, 5)
+    assert until(start, 600) == "22:15"
+    assert until(start, 7200) == "2026-03-31 00:05"
+    assert until(start, 3 * 86400) == "2026-04-02 22:05"
 
 
 def test_the_study_that_the_page_shows_can_be_run(tmp_path: Path) -> None:

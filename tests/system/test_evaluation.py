@@ -98,6 +98,9 @@ def test_every_prompt_of_a_file_has_noise_of_its_own_whatever_is_compared_and_ho
         (text, number) for text in texts for number in (0, 1)
     ]
     assert _json(both / "comparison.json")["scores"]["total"]["all"]["observations"] == 3  # prompts, not images
+    with Image.open(both / "comparison.png") as left, Image.open(both / "evaluation.png") as right:
+        assert left.width > 1000  # of images that either process has drawn
+        assert right.width > 6 * 128
     said = succeed(
         *full, f"prompts.evaluation_path={long}", "micro_batch=4", f"hydra.run.dir={alone}", module="evaluate"
     )
