@@ -6,6 +6,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,6 +177,7 @@ def empty_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, and another for temporary files."""
     (tmp_path / "work").mkdir()
     (tmp_path / "temporary").mkdir()
+    get_temp_dir()  # chosen once for the whole process; in a folder of a test, paths of sockets would be too long
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     return tmp_path
