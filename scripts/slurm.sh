@@ -22,7 +22,8 @@ fi
 
 # SLURM runs a copy of this file, so its place says nothing about the repository's.
 cd "$SLURM_SUBMIT_DIR"
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # all of them: whoever is not read to its end may end by SIGPIPE
+first=${hosts%%$'\n'*}
 processes=()
 if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then processes=(--processes "$SLURM_GPUS_ON_NODE"); fi
 
