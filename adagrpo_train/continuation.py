@@ -12,6 +12,7 @@ from adagrpo_train.runtime import checkpoint
 from adagrpo_train.runtime.checkpoint import Snapshot
 from adagrpo_train.runtime.engine import Engine
 from adagrpo_train.runtime.files import fingerprint
+from adagrpo_train.scoring.entry import SERVING
 from adagrpo_train.scoring.scorer import Scorer
 from adagrpo_train.settings import Settings
 
@@ -35,22 +36,6 @@ FREE_ON_RESUME = (
     "network.gradient_checkpointing",
 )
 """Keys that may differ between a checkpoint and the run that continues from it: they do not change the result."""
-
-SERVING = (
-    "mode",
-    "device",
-    "devices",
-    "python",
-    "urls",
-    "token_file",
-    "settings",
-    "on_unavailable",
-    "wait_seconds",
-    "deadline_seconds",
-    "startup_seconds",
-    "hedge_seconds",
-)
-"""Keys of a reward that say where and how it is asked. What it answers is guarded by its fingerprint."""
 
 INPUTS = ("model.path", "prompts.path", "prompts.evaluation_path")
 """Keys that name files: a run continues from any place that holds the same contents."""
@@ -269,7 +254,8 @@ def _copy_records(source: Path, run_dir: Path) -> None:
 
 
 def _serving(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(f"reward.{name}.{key}" for name in names for key in SERVING)
+    """Keys of rewards that are free: what is answered, settings included, is guarded by the fingerprint."""
+    return tuple(f"reward.{name}.{key}" for name in names for key in (*SERVING, "settings"))
 
 
 def _engine_name(values: dict[str, Any]) -> str:

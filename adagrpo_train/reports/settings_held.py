@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from adagrpo_train.errors import ConfigError
+from adagrpo_train.scoring.entry import SERVING
 
 _FREE = (
     "seed",
@@ -28,19 +29,6 @@ _FREE = (
 )
 """Keys, or sections, that change a run's curve by rounding at most; the seed is what its band is for."""
 
-_FREE_OF_REWARDS = (
-    "mode",
-    "device",
-    "devices",
-    "python",
-    "urls",
-    "token_file",
-    "on_unavailable",
-    "wait_seconds",
-    "deadline_seconds",
-    "startup_seconds",
-    "hedge_seconds",
-)
 _ASSETS = "/adagrpo_train/assets/"
 
 
@@ -85,7 +73,7 @@ def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _is_free(key: str) -> bool:
-    if key.startswith("reward.") and key.rsplit(".", 1)[1] in _FREE_OF_REWARDS and key.count(".") == 2:
+    if key.startswith("reward.") and key.rsplit(".", 1)[1] in SERVING and key.count(".") == 2:
         return True
     return any(key == free or key.startswith(f"{free}.") for free in _FREE)
 

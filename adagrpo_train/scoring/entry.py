@@ -7,6 +7,21 @@ from typing import Any, Literal
 
 from adagrpo_train.errors import ConfigError
 
+SERVING = (
+    "mode",
+    "device",
+    "devices",
+    "python",
+    "urls",
+    "token_file",
+    "on_unavailable",
+    "wait_seconds",
+    "deadline_seconds",
+    "startup_seconds",
+    "hedge_seconds",
+)
+"""Keys of a reward that say where and how it is asked, not what it answers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardEntry:
